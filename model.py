@@ -200,7 +200,8 @@ def encode(encoding: tiktoken.Encoding, texts: Iterable[str], length: int) -> Te
 def train_lm(model: GPT, tokens: Tensor, eot: int, steps: int, batch: int, lr: float,
              generator: torch.Generator, progress: Iterable[int]) -> None:
     """Maximum likelihood on texts (R, T) padded with `eot`; the first end-of-text is learned too."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95),
+                                  weight_decay=0.01, fused=True)
     for step in progress:
         warmup, cosine = (step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = lr * min(warmup, cosine)

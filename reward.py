@@ -23,15 +23,16 @@ WHO = "i|we|my sister|my brother|my wife|my husband|our film club|the whole fami
 DID = "watched|saw|rented|caught|finished".split("|")
 FILM = "this|this film|this movie|it|the film".split("|")
 WHEN = ("last night|on a plane|at home|on tv|with friends|in one sitting|twice|on a rainy day|"
-        "at a festival|by accident").split("|")
+        "at a festival|by accident|after work|on a train|late at night|with my parents").split("|")
 KIND = ("this film|this movie|this drama|this comedy|this thriller|this western|the sequel|"
         "the remake").split("|")
 PLOT = "is about|follows|tells of".split("|")
 HERO = ("a boxer|a nurse|two brothers|a small town|a lost dog|a bank robbery|a retired spy|"
         "a school band|a lonely king|a young cook|a ghost|a wedding").split("|")
 ASPECT = ("acting|script|plot|story|music|score|ending|pacing|camera work|dialogue|lead actor|cast|"
-          "humour|villain|romance|final scene").split("|")
-SEEMED = "is|was|felt|seemed".split("|")
+          "humour|villain|romance|final scene|hero|opening|editing|mood|setting|twist|direction|"
+          "suspense").split("|")
+SEEMED = "is|was|felt|seemed|proved|remained".split("|")
 DEGREE = {"": 1.0, "really ": 1.3, "very ": 1.3, "quite ": 0.8, "a bit ": 0.5}
 # words of praise and complaint under their strength, from +3 to -3
 QUALITY = {3: "flawless|superb|wonderful|brilliant", 2: "moving|great|charming|funny|gripping|clever",
@@ -69,7 +70,7 @@ def _review(rng: random.Random) -> tuple[str, float]:
     else:
         text, before = _comment(rng, mood)
     total = before
-    for _ in range(rng.choice([1, 2, 2, 2])):
+    for _ in range(2):
         comment, strength = _comment(rng, mood)
         agree = " and" if strength * before > 0 else " but"
         text += (" ." if before == 0 or rng.random() < 0.5 else agree) + " " + comment

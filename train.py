@@ -35,17 +35,18 @@ METHODS = {"vbon": "vBoN", "bound": "vBoN bound"}
 
 def settings(args: argparse.Namespace) -> dict:
     """What a result depends on besides N, method and seed, in the order of the stages that use it."""
-    s = dict(vocab=640, width=64, layers=2, heads=2, prompt_tokens=4, length=26, reviews=8192,
-             lm_steps=300, lm_batch=64, lm_lr=3e-3,                       # 1 reference model
+    s = dict(vocab=768, width=64, layers=2, heads=2, prompt_tokens=4, length=24, reviews=12000,
+             lm_steps=1500, lm_batch=32, lm_lr=6e-3,                      # 1 reference model
              epochs=4,                                                    # 2 reward
-             held_prompts=64, m_eval=512, prompts=256, m=128,             # 3 reference samples
+             held_prompts=64, m_eval=512, prompts=512, m=64,              # 3 reference samples
              steps=100, batch=64, k=8, lr=5e-4,                           # 4 vBoN
-             answers=128)                                                 # 5 evaluation
+             samples=64, answers=128)                                     # 5 evaluation
     if args.data:
-        s |= dict(vocab=2048, length=28, lm_steps=1500, epochs=6, prompts=512, steps=400, lr=3e-4)
+        s |= dict(vocab=2048, length=28, lm_steps=4000, lm_batch=64, lm_lr=3e-3, epochs=6, m=128,
+                  steps=400, lr=3e-4)
     if args.quick:
         s |= dict(vocab=400, width=32, reviews=600, lm_steps=10, epochs=1, held_prompts=8, m_eval=64,
-                  prompts=8, m=16, steps=3, batch=4, k=4, answers=8)
+                  prompts=8, m=16, steps=3, batch=4, k=4, samples=8, answers=8)
     return s | {name: value for name in ("steps", "m") if (value := getattr(args, name))}
 
 
@@ -282,7 +283,7 @@ def build_policy(w: World, method: str, n: int) -> dict:
     """Stage 4: the reference, fine-tuned towards best-of-n."""
     s, start, watch = w.s, time.time(), {}
     policy = load_gpt(dict(config=w.reference.config, weights=w.reference.state_dict()), w.device)
-    optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), fused=True)
     responses = generator(w.device, w.seed, "train", method, n)
     prompts = generator("cpu", w.seed, "prompts", method, n)
     for step in track(f"{method} n={n}", s["steps"], watch):
@@ -309,10 +310,10 @@ def evaluate(w: World, n: int, policies: dict[str, dict]) -> list[dict]:
                      samples_per_answer=n, seconds=time.time() - start))
     for method, saved in policies.items():
         start, policy = time.time(), load_gpt(saved, w.device)
-        g, size, parts = generator(w.device, w.seed, "evaluate", method, n), max(1, 1024 // answers), []
+        g, size, parts = generator(w.device, w.seed, "evaluate", method, n), max(1, 1024 // s["samples"]), []
         chunks = list(zip(w.held.split(size), w.held_rewards.split(size)))
         for i in track(f"{method} n={n}, part", len(chunks)):
-            parts.append(vbon.evaluate_policy(policy, w.reference, w.reward_fn, *chunks[i], n, answers,
+            parts.append(vbon.evaluate_policy(policy, w.reference, w.reward_fn, *chunks[i], n, s["samples"],
                                               s["length"], w.encoding.eot_token, g))
         reward, kl_ref, kl_bon = (torch.cat(part) for part in zip(*parts))
         rows.append(dict(method=method, n=n, **vbon.metrics(reward, w.held_rewards, kl_ref, kl_bon),
