@@ -1,7 +1,7 @@
 """model.py: a byte-pair tokenizer and a GPT-2, small enough to read in one sitting.
 
-The network is GPT-2's (Radford et al. 2019): pre-norm blocks, learned positions, GELU, and an output
-head tied to the token embedding. Parameters carry GPT-2's own names, so that its checkpoints load by name.
+The network is GPT-2's (Radford et al. 2019): pre-norm blocks, learned positions, GELU, and an
+output head tied to the token embedding. Parameters carry GPT-2's own names.
 
 What was left out, and why that is safe: dropout (the models here are small, train for minutes and
 see each text a few times) and any top-k or temperature (a policy must be sampled from exactly the
@@ -21,7 +21,7 @@ from vbon import response_mask
 
 END = "<|endoftext|>"
 
-# ---------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 
 # Words with their leading space, numbers, punctuation, white space. The classes complement each
 # other, so that every string is covered and comes back from its tokens unchanged.
@@ -62,7 +62,7 @@ def make_encoding(ranks: dict[bytes, int]) -> tiktoken.Encoding:
                              special_tokens={END: len(ranks)})
 
 
-# -------------------------------------------------------------------------------------- GPT-2
+# -------------------------------------------------------------------------------------------- GPT-2
 
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
@@ -188,7 +188,7 @@ class GPT(nn.Module):
         return out, logprob
 
 
-# ------------------------------------------------------------------------------ language modelling
+# ------------------------------------------------------------------------------- language modelling
 
 def encode(encoding: tiktoken.Encoding, texts: Iterable[str], length: int) -> Tensor:
     """Ids (R, length): each text cut to `length` tokens or filled up with end-of-text."""
@@ -199,7 +199,7 @@ def encode(encoding: tiktoken.Encoding, texts: Iterable[str], length: int) -> Te
 
 def train_lm(model: GPT, tokens: Tensor, eot: int, steps: int, batch: int, lr: float,
              generator: torch.Generator, progress: Iterable[int]) -> None:
-    """Maximum likelihood on texts (R, T) padded with `eot`; the first end-of-text is learned too."""
+    """Maximum likelihood on texts (R, T), padded with `eot`; the first end is learned too."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95),
                                   weight_decay=0.01, fused=True)
     for step in progress:

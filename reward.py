@@ -1,7 +1,7 @@
 """reward.py: labelled reviews, and a classifier whose logit of "positive" is the reward.
 
-A reward is anything that maps responses to numbers: a function (prompt (P, T0), response (P, K, L)) ->
-(P, K). vBoN needs no gradient of it, and sees only how it ranks the responses.
+A reward is anything that maps responses to numbers: a function of prompt (P, T0) and response
+(P, K, L) that returns (P, K). vBoN needs no gradient of it, and sees only how it ranks responses.
 """
 import math
 import random
@@ -17,7 +17,7 @@ from vbon import response_mask
 Review = tuple[str, int]                                    # text, label: 1 positive, 0 negative
 MIN_REVIEWS = 100                                           # of each label
 
-# ---------------------------------------------------------------------------- the built-in reviews
+# ----------------------------------------------------------------------------- the built-in reviews
 
 WHO = "i|we|my sister|my brother|my wife|my husband|our film club|the whole family".split("|")
 DID = "watched|saw|rented|caught|finished".split("|")
@@ -35,21 +35,23 @@ ASPECT = ("acting|script|plot|story|music|score|ending|pacing|camera work|dialog
 SEEMED = "is|was|felt|seemed|proved|remained".split("|")
 DEGREE = {"": 1.0, "really ": 1.3, "very ": 1.3, "quite ": 0.8, "a bit ": 0.5}
 # words of praise and complaint under their strength, from +3 to -3
-QUALITY = {3: "flawless|superb|wonderful|brilliant", 2: "moving|great|charming|funny|gripping|clever",
-           1: "good|solid|decent|pleasant", -1: "slow|thin|uneven|flat",
-           -2: "weak|bad|dull|clumsy|tired|boring", -3: "terrible|awful|dreadful|painful"}
+QUALITY = {3: "flawless|superb|wonderful|brilliant",
+           2: "moving|great|charming|funny|gripping|clever", 1: "good|solid|decent|pleasant",
+           -1: "slow|thin|uneven|flat", -2: "weak|bad|dull|clumsy|tired|boring",
+           -3: "terrible|awful|dreadful|painful"}
 FEELING = {3: "loved|adored", 2: "enjoyed", 1: "liked", -1: "did not get", -2: "disliked",
            -3: "hated|could not stand"}
-VERDICT = {3: "a joy from start to finish|worth every minute", 2: "i would see it again|go and see it",
-           1: "i smiled a lot|not bad at all", -1: "i expected more|nobody laughed",
-           -2: "i nearly fell asleep|not worth a ticket", -3: "what a waste of time|save your money"}
+VERDICT = {3: "a joy from start to finish|worth every minute",
+           2: "i would see it again|go and see it", 1: "i smiled a lot|not bad at all",
+           -1: "i expected more|nobody laughed", -2: "i nearly fell asleep|not worth a ticket",
+           -3: "what a waste of time|save your money"}
 
 
 def builtin_reviews(count: int, seed: int) -> list[Review]:
     """Short film reviews from a small grammar, written for this project.
 
     A mood, drawn per review, tilts every choice between praise and complaint, so that most reviews
-    mix both. The label is a coin whose odds are the exponential of the total strength: a little noisy.
+    mix both. The label is a coin whose log-odds are 1.2 times the total strength: a little noisy.
     """
     rng = random.Random(f"reviews/{seed}")
     reviews = []
@@ -134,8 +136,8 @@ def load_reviews(folder: str) -> list[Review]:
 class Classifier(nn.Module):
     """Logistic regression on tokens and pairs of neighbours: the logit of "positive".
 
-    Each token and each pair is hashed to one of 2^16 weights; the logit is their sum over the square
-    root of their number, plus a bias. On short reviews this is hard to beat, and it is fast.
+    Each token and each pair is hashed to one of 2^16 weights; the logit is their sum, over the
+    square root of their number, plus a bias. On short reviews this is fast and hard to beat.
     """
     BUCKETS = 2 ** 16
 
@@ -150,7 +152,7 @@ class Classifier(nn.Module):
         mask = response_mask(tokens, self.eot)
         pairs = (tokens[:, :-1] * 7919 + tokens[:, 1:] + 1_000_003) * 2654435761 >> 8
         features = torch.cat([tokens, pairs], 1) % self.BUCKETS
-        kept = torch.cat([mask, mask[:, 1:]], 1)                        # a pair ends inside the mask
+        kept = torch.cat([mask, mask[:, 1:]], 1)                       # a pair ends inside the mask
         return (self.weight(features)[..., 0] * kept).sum(1) / kept.sum(1).sqrt() + self.bias
 
     @torch.no_grad()
@@ -163,7 +165,7 @@ class Classifier(nn.Module):
 
 def train_classifier(tokens: Tensor, labels: Tensor, eot: int, epochs: Iterable[int],
                      generator: torch.Generator) -> Classifier:
-    """Fit to reviews (R, T), padded with `eot`, and labels (R,) in {0, 1}; weight decay is its prior."""
+    """Fit to reviews (R, T), padded with `eot`, and labels (R,) in {0, 1}."""
     model = Classifier(eot).to(tokens.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.03, weight_decay=0.1)
     for _ in epochs:

@@ -31,10 +31,10 @@ from reward import Classifier, builtin_reviews, load_reviews, train_classifier
 
 METHODS = {"vbon": "vBoN", "bound": "vBoN bound"}
 
-# ------------------------------------------------------------------------------------ the settings
+# ------------------------------------------------------------------------------------- the settings
 
 def settings(args: argparse.Namespace) -> dict:
-    """What a result depends on besides N, method and seed, in the order of the stages that use it."""
+    """What a result depends on besides N, method and seed, in the order of the stages."""
     s = dict(vocab=768, width=64, layers=2, heads=2, prompt_tokens=4, length=24, reviews=12000,
              lm_steps=1500, lm_batch=32, lm_lr=6e-3,                      # 1 reference model
              epochs=4,                                                    # 2 reward
@@ -45,19 +45,19 @@ def settings(args: argparse.Namespace) -> dict:
         s |= dict(vocab=2048, length=28, lm_steps=4000, lm_batch=64, lm_lr=3e-3, epochs=6, m=128,
                   steps=400, lr=3e-4)
     if args.quick:
-        s |= dict(vocab=400, width=32, reviews=600, lm_steps=10, epochs=1, held_prompts=8, m_eval=64,
-                  prompts=8, m=16, steps=3, batch=4, k=4, samples=8, answers=8)
+        s |= dict(vocab=400, width=32, reviews=600, lm_steps=10, epochs=1, held_prompts=8,
+                  m_eval=64, prompts=8, m=16, steps=3, batch=4, k=4, samples=8, answers=8)
     return s | {name: value for name in ("steps", "m") if (value := getattr(args, name))}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; a wrong one ends the program with status 2 and one line on standard error."""
+    """The command line; a wrong one ends the program with status 2 and one line."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = usage_error
     group = parser.add_argument_group("the method")
     group.add_argument("--n", type=at_least_one, nargs="+", default=[4], metavar="N",
-                       help="the N of best-of-N: more means more reward, further from the reference")
+                       help="the N of best-of-N: more reward, further from π_ref (default: 4)")
     group.add_argument("--method", nargs="+", default=["vbon"], choices=METHODS,
                        help="vbon: the exact log π_bon; bound: its lower bound (default: vbon)")
     group.add_argument("--steps", type=at_least_one,
@@ -67,13 +67,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("the text")
     group.add_argument("--data", metavar="DIR", help="pos.txt and neg.txt, one review a line, or "
                        "pos/*.txt and neg/*.txt, one review a file (default: built-in reviews)")
-    group.add_argument("--seed", type=int, default=0, help="another seed is an independent repetition")
+    group.add_argument("--seed", type=int, default=0, help="another seed: another repetition")
     group = parser.add_argument_group("the run")
-    group.add_argument("--sample", metavar="TEXT", help="print answers to TEXT by the reference, by "
-                       "best-of-N and by the policy; trains only what is not there yet")
-    group.add_argument("--out", default="out", metavar="DIR", help="results and cache (default: out)")
+    group.add_argument("--sample", metavar="TEXT", help="print answers to TEXT by reference, "
+                       "best-of-N and policy; trains only what is not there yet")
+    group.add_argument("--out", default="out", metavar="DIR",
+                       help="folder of results and cache (default: out)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    group.add_argument("--quick", action="store_true", help="everything tiny: a smoke test, in seconds")
+    group.add_argument("--quick", action="store_true", help="all tiny: a smoke test of seconds")
     return parser.parse_args(argv)
 
 
@@ -114,25 +115,26 @@ def prepare(args: argparse.Namespace, s: dict) -> tuple[torch.device, list]:
     random.Random(args.seed).shuffle(reviews)
     return device, reviews
 
-# -------------------------------------------------------------------- progress, randomness, the cache
+# ------------------------------------------------------------------ progress, randomness, the cache
 
 def track(label: str, total: int, watch: dict[str, float] | None = None) -> Iterator[int]:
-    """range(total), reporting elapsed and expected seconds and what stands in `watch`: one line that
-    updates in a terminal, a line at each quarter in a file."""
-    start, live, width = time.time(), sys.stdout.isatty(), 79
+    """range(total), reporting elapsed and expected seconds and what stands in `watch`: one line
+    that updates in a terminal, a line at each quarter in a file."""
+    start, live = time.time(), sys.stdout.isatty()
     for i in range(total):
         yield i
         last = i + 1 == total
         if live or last or (i + 1) * 4 // total > i * 4 // total:
             spent = time.time() - start
             seen = "".join(f" {name} {value:.2f}" for name, value in (watch or {}).items())
-            line = f"  {label} {i + 1}/{total}{seen}  {spent:.0f} of {spent / (i + 1) * total:.0f} s"
-            print(f"\r{line:<{width}.{width}}" if live else line,
+            expected = spent / (i + 1) * total
+            line = f"  {label} {i + 1}/{total}{seen}  {spent:.0f} of {expected:.0f} s"
+            print(f"\r{line:<79.79}" if live else line,
                   end="" if live and not last else "\n", flush=True)
 
 
 def generator(device: torch.device | str, *names: object) -> torch.Generator:
-    """Random numbers of its own for each stage, N, method and seed: what ran before changes nothing."""
+    """Random numbers of its own for each stage, N, method and seed, whatever ran before."""
     name = "/".join(map(str, names)).encode()
     seed = int.from_bytes(hashlib.sha256(name).digest()[:7], "big")
     return torch.Generator(device).manual_seed(seed)
@@ -162,7 +164,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def cached(path: Path, build: Callable[[], dict]) -> dict:
-    """What `build` returns, kept in a file behind its own checksum; read from there if it is sound."""
+    """What `build` returns, kept in a file behind its checksum; read from there if that fits."""
     if path.exists():
         content = path.read_bytes()
         if hashlib.sha256(content[32:]).digest() == content[:32]:
@@ -175,7 +177,7 @@ def cached(path: Path, build: Callable[[], dict]) -> dict:
     write(path, hashlib.sha256(content).digest() + content)
     return torch.load(io.BytesIO(content), weights_only=True)
 
-# ----------------------------------------------------------------------------------------- the stages
+# --------------------------------------------------------------------------------------- the stages
 
 class World(NamedTuple):
     """What stages 1 to 3 make and stages 4 and 5 use."""
@@ -183,6 +185,7 @@ class World(NamedTuple):
     seed: int
     device: torch.device
     encoding: tiktoken.Encoding
+    eot: int
     reference: GPT
     reward_fn: vbon.Reward
     key: str                                 # names all of the above in the cache
@@ -211,8 +214,9 @@ def build_reference(s: dict, seed: int, device: torch.device, reviews: list) -> 
              generator("cpu", seed, "lm"), track("step", s["lm_steps"]))
     with torch.no_grad():
         nats = lm_loss(model, tokens[:held], encoding.eot_token).item()
-    ranks = [encoding.decode_single_token_bytes(i).decode("latin1") for i in range(encoding.eot_token)]
-    return dict(ranks=ranks, config=model.config, weights=model.state_dict(), nats=nats)
+    ranks = map(encoding.decode_single_token_bytes, range(encoding.eot_token))
+    return dict(ranks=[part.decode("latin1") for part in ranks],
+                config=model.config, weights=model.state_dict(), nats=nats)
 
 
 def build_reward(s: dict, seed: int, device: torch.device, reviews: list, encoding) -> dict:
@@ -244,7 +248,7 @@ def draw(w: World, prompt: Tensor, k: int, *name: object) -> dict[str, Tensor]:
     g, parts = generator(w.device, w.seed, "draw", *name), []
     chunks = prompt.split(max(1, 2048 // k))
     for i in track(f"{name[0]}, part", len(chunks)):
-        response, logprob = vbon.sample(w.reference, chunks[i], k, w.s["length"], w.encoding.eot_token, g)
+        response, logprob = vbon.sample(w.reference, chunks[i], k, w.s["length"], w.eot, g)
         parts.append((logprob.cpu(), w.reward_fn(chunks[i], response).cpu()))
     logprob, reward = (torch.cat(part) for part in zip(*parts))
     return dict(logprob=logprob, reward=reward)
@@ -253,7 +257,8 @@ def draw(w: World, prompt: Tensor, k: int, *name: object) -> dict[str, Tensor]:
 def stages_1_to_3(args: argparse.Namespace, s: dict, device: torch.device, reviews: list) -> World:
     """Text to reference samples, each stage from the cache if it is there."""
     seed, cache, here = args.seed, Path(args.out) / "cache", Path(__file__).parent
-    key = digest(seed, device.type, reviews, *(here / f for f in ("model.py", "reward.py", "train.py")))
+    code = [here / name for name in ("model.py", "reward.py", "train.py")]
+    key = digest(seed, device.type, reviews, *code)
 
     print(f"1 text, tokenizer, reference model: {len(reviews)} reviews", flush=True)
     saved = cached(cache / f"reference-{digest(key, upto(s, 'lm_lr'))}.pt",
@@ -270,8 +275,8 @@ def stages_1_to_3(args: argparse.Namespace, s: dict, device: torch.device, revie
     print(f"  held-out accuracy: {saved['accuracy']:.3f}")
 
     print("3 reference samples, for the CDF of the reward", flush=True)
-    w = World(s, seed, device, encoding, reference, classifier.reward, digest(key, here / "vbon.py"),
-              *pick_prompts(s, reviews, encoding, device))
+    w = World(s, seed, device, encoding, encoding.eot_token, reference, classifier.reward,
+              digest(key, here / "vbon.py"), *pick_prompts(s, reviews, encoding, device))
     test = cached(cache / f"held-out-{digest(w.key, upto(s, 'm_eval'))}.pt",
                   lambda: draw(w, w.held, s["m_eval"], "held-out"))
     train = cached(cache / f"training-{digest(w.key, upto(s, 'm'))}.pt",
@@ -292,29 +297,30 @@ def build_policy(w: World, method: str, n: int) -> dict:
         rows = torch.randperm(len(w.prompt), generator=prompts)[:s["batch"]]
         watch |= vbon.update(policy, w.reference, optimizer, w.reward_fn, method,
                              vbon.grow_n(n, step, s["steps"]), w.prompt[rows.to(w.device)],
-                             w.ref_rewards[rows], s["k"], s["length"], w.encoding.eot_token, responses)
+                             w.ref_rewards[rows], s["k"], s["length"], w.eot, responses)
     return dict(config=policy.config, weights=policy.state_dict(), seconds=time.time() - start)
 
 
 def evaluate(w: World, n: int, policies: dict[str, dict]) -> list[dict]:
     """Stage 5: the rows of one N, on held-out prompts: reference, best-of-n, then the policies."""
     s, start = w.s, time.time()
-    answers = max(8, min(s["answers"], 4096 // n))               # for large N, fewer but dearer ones
+    answers = max(8, min(s["answers"], 4096 // n))              # for large N, fewer but dearer ones
     draws = draw(w, w.held, answers * n, f"best of {n}")
     alone = {name: x[:, :answers] for name, x in draws.items()}
-    rows = [dict(method="ref", n=n, **vbon.evaluate_reference(**alone, ref_rewards=w.held_rewards, n=n),
-                 samples_per_answer=1, seconds=0.0)]
-    g = generator("cpu", w.seed, "ties", n)
-    rows.append(dict(method="bon", n=n, **vbon.evaluate_bon(**draws, ref_rewards=w.held_rewards, n=n,
-                                                            generator=g),
-                     samples_per_answer=n, seconds=time.time() - start))
+    ref = vbon.evaluate_reference(**alone, ref_rewards=w.held_rewards, n=n)
+    bon = vbon.evaluate_bon(**draws, ref_rewards=w.held_rewards, n=n,
+                            generator=generator("cpu", w.seed, "ties", n))
+    seconds = time.time() - start
+    rows = [dict(method="ref", n=n, **ref, samples_per_answer=1, seconds=seconds / n),
+            dict(method="bon", n=n, **bon, samples_per_answer=n, seconds=seconds)]
     for method, saved in policies.items():
         start, policy = time.time(), load_gpt(saved, w.device)
-        g, size, parts = generator(w.device, w.seed, "evaluate", method, n), max(1, 1024 // s["samples"]), []
+        g, parts = generator(w.device, w.seed, "evaluate", method, n), []
+        size = max(1, 1024 // s["samples"])
         chunks = list(zip(w.held.split(size), w.held_rewards.split(size)))
         for i in track(f"{method} n={n}, part", len(chunks)):
-            parts.append(vbon.evaluate_policy(policy, w.reference, w.reward_fn, *chunks[i], n, s["samples"],
-                                              s["length"], w.encoding.eot_token, g))
+            parts.append(vbon.evaluate_policy(policy, w.reference, w.reward_fn, *chunks[i], n,
+                                              s["samples"], s["length"], w.eot, g))
         reward, kl_ref, kl_bon = (torch.cat(part) for part in zip(*parts))
         rows.append(dict(method=method, n=n, **vbon.metrics(reward, w.held_rewards, kl_ref, kl_bon),
                          samples_per_answer=1, seconds=saved["seconds"] + time.time() - start))
@@ -322,10 +328,10 @@ def evaluate(w: World, n: int, policies: dict[str, dict]) -> list[dict]:
 
 
 def show_answers(w: World, n: int, policies: dict[str, dict], prompt: Tensor) -> str:
-    """The prompts (P, T0) with an answer each by the reference, best-of-n and the policies, unedited;
-    before each answer its reward."""
+    """The prompts (P, T0), each with an answer by the reference, best-of-n and the policies,
+    unedited, behind its reward."""
     length = min(w.s["length"], w.reference.config["block_size"] - prompt.shape[1])
-    eot, g = w.encoding.eot_token, generator(w.device, w.seed, "show", n)
+    eot, g = w.eot, generator(w.device, w.seed, "show", n)
     answers = {}
     for name, model, k in [("reference", w.reference, 1), (f"best of {n}", w.reference, n)] + [
             (METHODS[method], load_gpt(saved, w.device), 1) for method, saved in policies.items()]:
@@ -342,17 +348,19 @@ def show_answers(w: World, n: int, policies: dict[str, dict], prompt: Tensor) ->
             lines.append(f"  {name:<11}{reward[i].item():+6.2f}  ...{w.encoding.decode(words)}")
     return "\n".join(lines) + "\n"
 
-# ---------------------------------------------------------------------------------------- the results
+# -------------------------------------------------------------------------------------- the results
 
 def print_table(rows: list[dict], m_eval: int) -> None:
     """The rows with their standard errors and, under each N, what theory says."""
-    print(f"\n{'':14}{'reward':>7}{'win rate':>13}{'KL to ref':>14}{'KL to BoN':>14}{'pos.':>6}{'draws':>6}")
+    print(f"\n{'':14}{'reward':>7}{'win rate':>13}{'KL to ref':>14}{'KL to BoN':>14}"
+          f"{'pos.':>6}{'draws':>6}")
     for n in dict.fromkeys(row["n"] for row in rows):
         names = dict(ref="reference", bon=f"best of {n}", **METHODS)
         for row in (row for row in rows if row["n"] == n):
-            cells = (f"{row[k]:.3f} ±{row[k + '_se']:.3f}" for k in ("win_rate", "kl_ref", "kl_bon"))
-            print(f"{names[row['method']]:14}{row['reward']:7.2f}" + " ".join(f"{c:>13}" for c in cells)
-                  + f"{row['positive']:6.2f}{row['samples_per_answer']:6}")
+            cells = " ".join(f"{row[k]:7.3f} ±{row[k + '_se']:.3f}"[-13:].rjust(13)
+                             for k in ("win_rate", "kl_ref", "kl_bon"))
+            print(f"{names[row['method']]:14}{row['reward']:7.2f}{cells}"
+                  f"{row['positive']:6.2f}{row['samples_per_answer']:6}")
         kl, win = vbon.bon_theory(n)
         print(f"{f'theory, N = {n}':21}{win:6.3f}{kl:14.3f}{0:14.3f}")
     print(f"±: standard error over prompts; KLs in nats. At this M, a perfect policy's KL to BoN "
@@ -392,7 +400,8 @@ def plot(path: Path, rows: list[dict]) -> None:
     n = torch.logspace(0, 5, 500, dtype=torch.float64)
     kl, win = n.log() - (n - 1) / n, n / (n + 1)
     ax.plot(kl[kl < reach], win[kl < reach], color="0.6", lw=1.3, label="best-of-N in theory")
-    styles = dict(ref=("s", "black", "reference"), bon=("o", "tab:blue", "best-of-N, N samples an answer"),
+    styles = dict(ref=("s", "black", "reference"), 
+                  bon=("o", "tab:blue", "best-of-N, N samples an answer"),
                   vbon=("D", "tab:red", "vBoN, one sample an answer"),
                   bound=("^", "tab:orange", "vBoN bound, one sample an answer"))
     for method, (marker, color, label) in styles.items():
@@ -400,10 +409,11 @@ def plot(path: Path, rows: list[dict]) -> None:
         if points:
             x, y, dx, dy = ([row[k] for row in points]
                             for k in ("kl_ref", "win_rate", "kl_ref_se", "win_rate_se"))
-            ax.errorbar(x, y, [2 * e for e in dy], [2 * e for e in dx], fmt=marker, color=color, ms=6,
-                        mfc="none", capsize=2, lw=1, label=label)
+            ax.errorbar(x, y, [2 * e for e in dy], [2 * e for e in dx], fmt=marker, color=color,
+                        ms=6, mfc="none", capsize=2, lw=1, label=label)
     for n in dict.fromkeys(row["n"] for row in rows):
-        ax.annotate(f"N = {n}", vbon.bon_theory(n), (8, -14), textcoords="offset points", fontsize=9)
+        ax.annotate(f"N = {n}", vbon.bon_theory(n), (-14, 10), textcoords="offset points",
+                    ha="right", fontsize=9)
     ax.set(xlabel="KL(policy ‖ reference), nats per response", ylabel="win rate over the reference",
            title="Held-out prompts, ±2 standard errors")
     ax.legend(loc="lower right", frameon=False)
@@ -421,6 +431,10 @@ def main(argv: list[str] | None = None) -> None:
     device, reviews = prepare(args, s)
     w = stages_1_to_3(args, s, device, reviews)
 
+    room = w.reference.config["block_size"]
+    if args.sample and len(w.encoding.encode_ordinary(args.sample)) >= room:
+        usage_error(f"--sample: want fewer than {room} tokens")
+
     print("4 vBoN: policies that do the work of best-of-N", flush=True)
     policies = {n: {} for n in args.n}
     for n in policies:
@@ -430,11 +444,9 @@ def main(argv: list[str] | None = None) -> None:
                                          lambda: build_policy(w, method, n))
 
     if args.sample is not None:
-        ids = w.encoding.encode_ordinary(args.sample)
-        if len(ids) >= w.reference.config["block_size"]:
-            usage_error(f"--sample: {len(ids)} tokens, want fewer than {w.reference.config['block_size']}")
+        prompt = torch.tensor([w.encoding.encode_ordinary(args.sample)] * 3, device=device)
         for n in policies:
-            print("\n" + show_answers(w, n, policies[n], torch.tensor([ids] * 3, device=device)), end="")
+            print("\n" + show_answers(w, n, policies[n], prompt), end="")
         return
 
     print("5 evaluation on held-out prompts", flush=True)
@@ -446,7 +458,7 @@ def main(argv: list[str] | None = None) -> None:
     text = "\n".join(f"N = {n}\n\n" + show_answers(w, n, policies[n], w.held[:8]) for n in policies)
     write(out / "samples.txt", text.encode())
     print_table(rows, s["m_eval"])
-    print(f"{out}/results.jsonl, pareto.png, samples.txt, policies/: {time.time() - began:.0f} s in all")
+    print(f"{time.time() - began:.0f} s in all; see {out}/: pareto.png, samples.txt, results.jsonl")
 
 
 if __name__ == "__main__":

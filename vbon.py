@@ -1,15 +1,15 @@
-"""vbon.py: Variational Best-of-N Alignment (Amini, Vieira, Ash, Cotterell; ICLR 2025; arXiv 2407.06057).
+"""vbon.py: Variational Best-of-N Alignment (Amini, Vieira, Ash, Cotterell; arXiv 2407.06057).
 
 Best-of-N draws N responses from a reference model π_ref and keeps the one with the highest reward.
 What it returns has a distribution, π_bon, and that distribution has a formula. vBoN fine-tunes a
 policy π_θ towards it by minimising KL(π_θ || π_bon); one sample then does the work of N.
 
-    F(r) = P(r(y') < r),  y' ~ π_ref                          the CDF of the reward               (1)
-    π_bon(y) = Σ_{i=1..N} C(N,i) F^(N-i) π_ref(y)^i           = (F + π_ref(y))^N - F^N            (2)
-    log π_bon(y) >= log N + (N-1) log F + log π_ref(y)        its lower bound, the i = 1 term     (3)
-    π_bon(y) = π_ref(y) Σ_{k=0..N-1} F≤^(N-1-k) F<^k          the general form, with ties         (4)
-    J(θ) = E_θ[log π_bon(y) - log π_θ(y)]                     the objective, -KL(π_θ || π_bon)    (5)
-    ∇J = E_θ[(log π_bon(y) - log π_θ(y) - b) ∇log π_θ(y)]     REINFORCE, with a baseline b        (6)
+    F(r) = P(r(y') < r),  y' ~ π_ref                         the CDF of the reward               (1)
+    π_bon(y) = Σ_{i=1..N} C(N,i) F^(N-i) π_ref(y)^i          = (F + π_ref(y))^N - F^N            (2)
+    log π_bon(y) >= log N + (N-1) log F + log π_ref(y)       its lower bound, the i = 1 term     (3)
+    π_bon(y) = π_ref(y) Σ_{k=0..N-1} F≤^(N-1-k) F<^k         the general form, with ties         (4)
+    J(θ) = E_θ[log π_bon(y) - log π_θ(y)]                    the objective, -KL(π_θ || π_bon)    (5)
+    ∇J = E_θ[(log π_bon(y) - log π_θ(y) - b) ∇log π_θ(y)]    REINFORCE, with a baseline b        (6)
 
     symbol       name          shape       meaning
     x            prompt        (P, T0)     P prompts of T0 token ids
@@ -33,13 +33,13 @@ from torch import Tensor
 
 Reward = Callable[[Tensor, Tensor], Tensor]    # prompt (P, T0), response (P, K, L) -> reward (P, K)
 
-# ------------------------------------------------------------------------- 1. the reward's CDF
+# ------------------------------------------------------------------------------ 1. the reward's CDF
 
 def empirical_cdf(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P, M) -> (P, K)
     """F̂ of equation (1): (rank + 1) / (M + 1), where rank = #{r_j < r}, strictly.
 
-    Strict, because best-of-N must beat the others. The +1 keeps it above 0, so that log F̂ is finite
-    even for a reward below all M. Error: P(sup|F̂ - F| > ε) <= 2 exp(-2 M ε²), up to the +1 (DKW).
+    Strict, because the best must beat the others. The +1 keeps it above 0, so that log F̂ is
+    finite even for a reward below all M. P(sup|F̂ - F| > ε) <= 2 exp(-2 M ε²), up to the +1 (DKW).
     Raises ValueError for wrong shapes and for rewards that are empty or not finite.
     """
     less, _, m = _ranks(reward, ref_rewards)
@@ -64,11 +64,11 @@ def _ranks(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor, int]:
     _check_rewards(reward, ref_rewards)
     ordered = _f64(ref_rewards).sort(-1).values
     r = _f64(reward).contiguous()
-    less = torch.searchsorted(ordered, r, right=False)
-    return less.double(), (torch.searchsorted(ordered, r, right=True) - less).double(), ordered.shape[1]
+    less, at_most = (torch.searchsorted(ordered, r, right=right) for right in (False, True))
+    return less.double(), (at_most - less).double(), ordered.shape[1]
 
 
-# ------------------------------------------------------------------ 2. the best-of-N distribution
+# -------------------------------------------------------------------- 2. the best-of-N distribution
 
 def bon_logprob(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:  # (...), (...) -> (...)
     """log π_bon(y), equation (2): the paper's exact form, for rewards without ties.
@@ -116,7 +116,7 @@ def bon_expected_reward(ref_rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P,
     """Unbiased E[max of N rewards] from the same M samples: Σ_j r_(j) C(j-1, N-1) / C(M, N)."""
     _check_n(n)
     if ref_rewards.dim() != 2 or n > ref_rewards.shape[1]:
-        raise ValueError(f"want ref_rewards (P, M) with M >= n = {n}, got {tuple(ref_rewards.shape)}")
+        raise ValueError(f"want ref_rewards (P, M), M >= n = {n}, got {tuple(ref_rewards.shape)}")
     _check_rewards(ref_rewards)
     ordered = _f64(ref_rewards).sort(-1).values
     m = ordered.shape[1]
@@ -139,7 +139,7 @@ def optimal_frontier(t: Tensor) -> tuple[Tensor, Tensor]:  # (T,) -> (T,), (T,)
     return t * win - (torch.expm1(t) / t).log(), win
 
 
-# ------------------------------------------------------------- 3. the objective and its gradient
+# ---------------------------------------------------------------- 3. the objective and its gradient
 
 def leave_one_out(score: Tensor) -> Tensor:  # (P, K) -> (P, K)
     """The mean of the other K-1 scores of the same prompt: an unbiased baseline b for (6)."""
@@ -166,17 +166,18 @@ def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (
     return -(advantage * logprob).mean()
 
 
-def log_target(method: str, n: int, ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor) -> Tensor:
-    """The unnormalised log-density (P, K) that a method moves the policy to: all that sets it apart."""
+def log_target(method: str, n: int, ref_logprob: Tensor, reward: Tensor,
+               ref_rewards: Tensor) -> Tensor:
+    """The log-density (P, K), up to a constant, that a method moves the policy to."""
     log_cdf = empirical_cdf(reward, ref_rewards).log()
     if method == "vbon":
-        return bon_logprob(ref_logprob, log_cdf, n)                                      # equation (2)
+        return bon_logprob(ref_logprob, log_cdf, n)                                   # equation (2)
     if method == "bound":
-        return bon_logprob_bound(ref_logprob, log_cdf, n)                                # equation (3)
+        return bon_logprob_bound(ref_logprob, log_cdf, n)                             # equation (3)
     raise ValueError(f"unknown method {method!r}")
 
 
-# ----------------------------------------------------------------------------------- 4. one update
+# ------------------------------------------------------------------------------------ 4. one update
 
 def response_mask(response: Tensor, eot: int) -> Tensor:  # (..., L) -> (..., L)
     """True up to and including the first end-of-text token: the one mask of this project."""
@@ -214,11 +215,10 @@ def response_kl(policy, reference, prompt: Tensor, response: Tensor, eot: int) -
 
 def _masked_logits(model, prompt: Tensor, response: Tensor, mask: Tensor) -> Tensor:
     """Logits (tokens in the mask, V): each response token is predicted one position before it."""
-    P, K, L = response.shape
+    (P, K, _), before = response.shape, prompt.shape[1] - 1
     tokens = torch.cat([prompt[:, None].expand(P, K, -1), response], -1).flatten(0, 1)   # (P·K, T)
-    where = F.pad(mask.flatten(0, 1)[:, 1:], (prompt.shape[1], 0))                # first token's place
-    where[:, prompt.shape[1] - 1] = True                                          # (P·K, T-1)
-    longest = int(where.any(0).sum()) + prompt.shape[1] - 1                      # no need to run further
+    where = F.pad(mask.flatten(0, 1), (before, 0))                                     # (P·K, T-1)
+    longest = int(where.any(0).nonzero().max()) + 1                         # no need to run further
     return model(tokens[:, :longest], where=where[:, :longest])
 
 
@@ -238,14 +238,14 @@ def grow_n(n: int, step: int, steps: int) -> int:
     return round(n ** min(1.0, (step + 1) / (0.4 * steps)))
 
 
-def update(policy, reference, optimizer: torch.optim.Optimizer, reward_fn: Reward, method: str, n: int,
-           prompt: Tensor, ref_rewards: Tensor, k: int, length: int, eot: int,
+def update(policy, reference, optimizer: torch.optim.Optimizer, reward_fn: Reward, method: str,
+           n: int, prompt: Tensor, ref_rewards: Tensor, k: int, length: int, eot: int,
            generator: torch.Generator) -> dict[str, float]:
     """One step of vBoN: sample, score, REINFORCE. Returns what to watch, from the K samples.
 
     prompt (P, T0) and ref_rewards (P, M) belong together; each prompt gets k >= 2 responses.
     """
-    response, sampled = sample(policy, prompt, k, length, eot, generator)          # y ~ π_θ  (P, K, L)
+    response, sampled = sample(policy, prompt, k, length, eot, generator)       # y ~ π_θ  (P, K, L)
     with torch.no_grad():
         reward = reward_fn(prompt, response)                                                # (P, K)
         ref_logprob = response_logprob(reference, prompt, response, eot)                    # (P, K)
@@ -258,7 +258,8 @@ def update(policy, reference, optimizer: torch.optim.Optimizer, reward_fn: Rewar
                 kl_ref=(_f64(sampled) - ref_logprob).mean().item(),
                 kl_target=(_f64(sampled) - target).mean().item())
 
-# ----------------------------------------------------------------------------------- 5. evaluation
+
+# ------------------------------------------------------------------------------------ 5. evaluation
 
 def win_rate(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P, M) -> (P, K)
     """The share of M reference responses that y beats; ties count half."""
@@ -267,13 +268,14 @@ def win_rate(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P, M) -
 
 
 def clustered(x: Tensor) -> tuple[float, float]:
-    """Mean of x (P, K) and its standard error over prompts: one prompt's responses hang together."""
+    """Mean of x (P, K) and its standard error over prompts: responses to one hang together."""
     means = x.mean(1)
     return means.mean().item(), (means.std() / math.sqrt(len(means))).item()
 
 
-def metrics(reward: Tensor, ref_rewards: Tensor, kl_ref: Tensor, kl_bon: Tensor) -> dict[str, float]:
-    """Means with clustered standard errors of what is known of K responses to each prompt (P, K)."""
+def metrics(reward: Tensor, ref_rewards: Tensor, kl_ref: Tensor,
+            kl_bon: Tensor) -> dict[str, float]:
+    """Means and clustered standard errors of what is known of K responses to each prompt (P, K)."""
     row = {}
     for name, x in dict(reward=_f64(reward), win_rate=win_rate(reward, ref_rewards),
                         kl_ref=kl_ref, kl_bon=kl_bon).items():
@@ -281,7 +283,8 @@ def metrics(reward: Tensor, ref_rewards: Tensor, kl_ref: Tensor, kl_bon: Tensor)
     return row | dict(positive=(reward > 0).double().mean().item())
 
 
-def evaluate_reference(logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int) -> dict[str, float]:
+def evaluate_reference(logprob: Tensor, reward: Tensor, ref_rewards: Tensor,
+                       n: int) -> dict[str, float]:
     """Metrics of π_ref from its own samples (P, K), none of them among the M behind F."""
     kl_bon = _f64(logprob) - bon_logprob(logprob, empirical_cdf(reward, ref_rewards).log(), n)
     return metrics(reward, ref_rewards, torch.zeros_like(kl_bon), kl_bon)
@@ -301,8 +304,9 @@ def evaluate_bon(logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int,
 
 
 @torch.no_grad()
-def evaluate_policy(policy, reference, reward_fn: Reward, prompt: Tensor, ref_rewards: Tensor, n: int,
-                    k: int, length: int, eot: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+def evaluate_policy(policy, reference, reward_fn: Reward, prompt: Tensor, ref_rewards: Tensor,
+                    n: int, k: int, length: int, eot: int,
+                    generator: torch.Generator) -> tuple[Tensor, ...]:
     """What `metrics` takes, from k samples of the policy to each prompt: reward, kl_ref, kl_bon."""
     response, logprob = sample(policy, prompt, k, length, eot, generator)
     reward = reward_fn(prompt, response)
@@ -310,7 +314,7 @@ def evaluate_policy(policy, reference, reward_fn: Reward, prompt: Tensor, ref_re
     target = bon_logprob(ref_logprob, empirical_cdf(reward, ref_rewards).log(), n)
     return reward, response_kl(policy, reference, prompt, response, eot), _f64(logprob) - target
 
-# ------------------------------------------------------------------------------------- small helpers
+# ------------------------------------------------------------------------------------ small helpers
 
 def _f64(x: Tensor) -> Tensor:
     """float64 on the CPU: a (P, K) array costs nothing there, and every device agrees."""
@@ -331,14 +335,14 @@ def _check_n(n: int) -> None:
 def _check_rewards(*rewards: Tensor) -> None:
     for r in rewards:
         if r.numel() == 0 or not r.isfinite().all():
-            raise ValueError(f"rewards {tuple(r.shape)} are empty or hold values that are not finite")
+            raise ValueError(f"rewards {tuple(r.shape)} are empty or not finite")
 
 
 def _log_inputs(n: int, *logs: Tensor) -> list[Tensor]:
     """Log-probabilities in float64, once n, their shapes and the absence of nan are checked."""
     _check_n(n)
     if len({x.shape for x in logs}) > 1:
-        raise ValueError(f"want log-probabilities of one shape, got {[tuple(x.shape) for x in logs]}")
+        raise ValueError(f"want logs of one shape, got {[tuple(x.shape) for x in logs]}")
     if any(x.isnan().any() for x in logs):
         raise ValueError("log-probabilities must not be nan")
     return [_f64(x) for x in logs]
