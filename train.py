@@ -39,7 +39,7 @@ def settings(args: argparse.Namespace) -> dict:
              lm_steps=1500, lm_batch=32, lm_lr=6e-3,                      # 1 reference model
              epochs=4,                                                    # 2 reward
              held_prompts=64, m_eval=512, prompts=512, m=64,              # 3 reference samples
-             steps=100, batch=64, k=8, lr=5e-4,                           # 4 vBoN
+             steps=100, batch=64, k=8, lr=7e-4,                           # 4 vBoN
              samples=64, answers=128)                                     # 5 evaluation
     if args.data:
         s |= dict(vocab=2048, length=28, lm_steps=4000, lm_batch=64, lm_lr=3e-3, epochs=6, m=128,
