@@ -36,13 +36,13 @@ METHODS = {"vbon": "vBoN", "bound": "vBoN bound"}
 def settings(args: argparse.Namespace) -> dict:
     """What a result depends on besides N, method and seed, in the order of the stages."""
     s = dict(vocab=768, width=64, layers=2, heads=2, prompt_tokens=4, length=24, reviews=12000,
-             lm_steps=1500, lm_batch=32, lm_lr=6e-3,                      # 1 reference model
+             lm_steps=1000, lm_batch=64, lm_lr=6e-3,                      # 1 reference model
              epochs=4,                                                    # 2 reward
              held_prompts=64, m_eval=512, prompts=512, m=64,              # 3 reference samples
              steps=100, batch=64, k=8, lr=7e-4,                           # 4 vBoN
              samples=64, answers=128)                                     # 5 evaluation
     if args.data:
-        s |= dict(vocab=2048, length=28, lm_steps=4000, lm_batch=64, lm_lr=3e-3, epochs=6, m=128,
+        s |= dict(vocab=2048, length=28, lm_steps=2500, lm_lr=3e-3, epochs=6, m=128,
                   steps=400, lr=3e-4)
     if args.quick:
         s |= dict(vocab=400, width=32, reviews=600, lm_steps=10, epochs=1, held_prompts=8,
