@@ -363,8 +363,8 @@ def print_table(rows: list[dict], m_eval: int) -> None:
                   f"{row['positive']:6.2f}{row['samples_per_answer']:6}")
         kl, win = vbon.bon_theory(n)
         print(f"{f'theory, N = {n}':21}{win:6.3f}{kl:14.3f}{0:14.3f}")
-    print(f"±: standard error over prompts; KLs in nats. At this M, a perfect policy's KL to BoN "
-          f"reads {-0.5 / m_eval:.4f}.")
+    print(f"± standard error; KLs in nats; a perfect policy's KL to BoN reads "
+          f"{-0.5 / m_eval:.3f}")
 
 
 def read_results(path: Path) -> list[dict]:

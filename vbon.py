@@ -49,8 +49,7 @@ def empirical_cdf(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P,
 def cdf_interval(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
     """F< and F≤ of equation (4), each (P, K): y counted as one more atom among M + 1.
 
-    #less / (M + 1) and (#less + #equal + 1) / (M + 1). Under π_ref the weight of (4) made from them
-    has mean exactly 1, at any M and with any ties. Raises ValueError as `empirical_cdf` does.
+    Under π_ref the weight of (4) made from them has mean exactly 1, at any M and with any ties.
     """
     less, equal, m = _ranks(reward, ref_rewards)
     return less / (m + 1), (less + equal + 1) / (m + 1)
@@ -59,8 +58,7 @@ def cdf_interval(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
 def _ranks(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor, int]:
     """#{r_j < r} and #{r_j = r}, each (P, K), and M."""
     if reward.dim() != 2 or ref_rewards.dim() != 2 or len(reward) != len(ref_rewards):
-        raise ValueError("want reward (P, K) and ref_rewards (P, M) with the same P, "
-                         f"got {tuple(reward.shape)} and {tuple(ref_rewards.shape)}")
+        raise ValueError(f"want (P, K), (P, M), got {[*reward.shape]}, {[*ref_rewards.shape]}")
     _check_rewards(reward, ref_rewards)
     ordered = _f64(ref_rewards).sort(-1).values
     r = _f64(reward).contiguous()
@@ -74,8 +72,8 @@ def bon_logprob(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:  # (...
     """log π_bon(y), equation (2): the paper's exact form, for rewards without ties.
 
     The naive line, `((F + p)**n - F**n).log()`, is -inf from log p = -20 in float32 (-40 in
-    float64): the difference of two nearly equal numbers. The sum over i has only positive terms.
-    Takes -inf where F = 0. Raises ValueError for unequal shapes, nan, and n that is no int >= 1.
+    float64); the sum over i subtracts nothing. log_cdf may be -inf, where F = 0.
+    Raises ValueError for unequal shapes, nan, and n that is no int >= 1.
     """
     ref_logprob, log_cdf = _log_inputs(n, ref_logprob, log_cdf)
     i = torch.arange(1, n + 1, dtype=torch.float64, device=log_cdf.device)
@@ -133,8 +131,7 @@ def bon_theory(n: int) -> tuple[float, float]:
 
 
 def optimal_frontier(t: Tensor) -> tuple[Tensor, Tensor]:  # (T,) -> (T,), (T,)
-    """KL to the reference (nats) and win rate of exp(t·F)·π_ref, t > 0: no policy with that KL wins
-    more, since the tilt of F is the maximiser of E[F] at a given KL."""
+    """KL to the reference (nats) and win rate of exp(t·F)·π_ref: no policy of that KL wins more."""
     win = 1 / -torch.expm1(-t) - 1 / t
     return t * win - (torch.expm1(t) / t).log(), win
 
@@ -149,15 +146,13 @@ def leave_one_out(score: Tensor) -> Tensor:  # (P, K) -> (P, K)
 
 
 def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (P, K) -> ()
-    """A surrogate whose *gradient* is that of KL(π_θ || target), for y ~ π_θ: equation (6).
-
-    Its value means nothing; watch the KL. The score stays in one bracket, because it is its own
-    control variate: as π_θ nears the target it tends to a constant, and the noise to zero.
+    """A surrogate whose *gradient* is that of KL(π_θ || target), y ~ π_θ: (6). Its value means
+    nothing; watch the KL. The score stays in one bracket, because it is its own control variate:
+    as π_θ nears the target it tends to a constant, and the noise to zero.
     Raises ValueError for wrong shapes, K < 2, or a score that is not finite.
     """
     if logprob.shape != log_target.shape:
-        raise ValueError("want logprob and log_target of one shape (P, K), "
-                         f"got {tuple(logprob.shape)} and {tuple(log_target.shape)}")
+        raise ValueError(f"want (P, K) twice, got {[*logprob.shape]}, {[*log_target.shape]}")
     logprob = _f64(logprob)
     score = (_f64(log_target) - logprob).detach()               # log π_bon(y) - log π_θ(y)   (P, K)
     advantage = score - leave_one_out(score)                                               # (P, K)
@@ -203,10 +198,8 @@ def response_logprob(model, prompt: Tensor, response: Tensor, eot: int) -> Tenso
 
 def response_kl(policy, reference, prompt: Tensor, response: Tensor, eot: int) -> Tensor:
     """Σ_t KL(π_θ(·|x, y_<t) || π_ref(·|x, y_<t)) (P, K), nats: for y ~ π_θ an unbiased estimate of
-    KL(π_θ || π_ref), never negative and less noisy than log π_θ(y) - log π_ref(y).
-
-    For reporting alone. Its own gradient is biased: how y was sampled depends on θ too.
-    """
+    KL(π_θ || π_ref), never negative and less noisy than log π_θ(y) - log π_ref(y). For reporting
+    alone: its own gradient is biased, since how y was sampled depends on θ too."""
     mask = response_mask(response, eot)
     log_p, log_q = (_masked_logits(model, prompt, response, mask).log_softmax(-1)
                     for model in (policy, reference))
@@ -231,20 +224,16 @@ def _token_sum(per_token: Tensor, mask: Tensor) -> Tensor:
 
 def grow_n(n: int, step: int, steps: int) -> int:
     """The N aimed for at `step`: from 1 to n, geometrically, over the first 40 % of the steps.
-
-    Straight from π_ref a large N means scores of (N-1) log F, which are huge for the many poor
-    responses of an untrained policy, and so is the noise. In stages the scores stay near 1.
-    """
+    A large N at once would make scores of (N-1) log F, huge for the many poor responses of an
+    untrained policy, and huge noise. In stages they stay near 1."""
     return round(n ** min(1.0, (step + 1) / (0.4 * steps)))
 
 
 def update(policy, reference, optimizer: torch.optim.Optimizer, reward_fn: Reward, method: str,
            n: int, prompt: Tensor, ref_rewards: Tensor, k: int, length: int, eot: int,
            generator: torch.Generator) -> dict[str, float]:
-    """One step of vBoN: sample, score, REINFORCE. Returns what to watch, from the K samples.
-
-    prompt (P, T0) and ref_rewards (P, M) belong together; each prompt gets k >= 2 responses.
-    """
+    """One step of vBoN: sample k >= 2 responses to each prompt (P, T0), score them against
+    ref_rewards (P, M), REINFORCE. Returns what to watch, from these samples."""
     response, sampled = sample(policy, prompt, k, length, eot, generator)       # y ~ π_θ  (P, K, L)
     with torch.no_grad():
         reward = reward_fn(prompt, response)                                                # (P, K)
@@ -273,8 +262,7 @@ def clustered(x: Tensor) -> tuple[float, float]:
     return means.mean().item(), (means.std() / math.sqrt(len(means))).item()
 
 
-def metrics(reward: Tensor, ref_rewards: Tensor, kl_ref: Tensor,
-            kl_bon: Tensor) -> dict[str, float]:
+def metrics(reward: Tensor, ref_rewards: Tensor, kl_ref: Tensor, kl_bon: Tensor) -> dict:
     """Means and clustered standard errors of what is known of K responses to each prompt (P, K)."""
     row = {}
     for name, x in dict(reward=_f64(reward), win_rate=win_rate(reward, ref_rewards),
@@ -283,8 +271,7 @@ def metrics(reward: Tensor, ref_rewards: Tensor, kl_ref: Tensor,
     return row | dict(positive=(reward > 0).double().mean().item())
 
 
-def evaluate_reference(logprob: Tensor, reward: Tensor, ref_rewards: Tensor,
-                       n: int) -> dict[str, float]:
+def evaluate_reference(logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int) -> dict:
     """Metrics of π_ref from its own samples (P, K), none of them among the M behind F."""
     kl_bon = _f64(logprob) - bon_logprob(logprob, empirical_cdf(reward, ref_rewards).log(), n)
     return metrics(reward, ref_rewards, torch.zeros_like(kl_bon), kl_bon)
@@ -293,10 +280,7 @@ def evaluate_reference(logprob: Tensor, reward: Tensor, ref_rewards: Tensor,
 def evaluate_bon(logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int,
                  generator: torch.Generator) -> dict[str, float]:
     """Metrics of best-of-N, really done: each N of the reference samples (P, A·N) give one answer.
-
-    KL(π_bon || π_ref) is the mean log-weight log π_bon - log π_ref of the answers; the KL to π_bon
-    is 0 by definition.
-    """
+    KL(π_bon || π_ref) is their mean log π_bon - log π_ref; the KL to π_bon is 0 by definition."""
     best = best_of_n(reward.reshape(-1, n), generator)[:, None]                          # (P·A, 1)
     reward, logprob = (x.reshape(-1, n).gather(1, best).view(len(x), -1) for x in (reward, logprob))
     kl_ref = bon_logprob(logprob, empirical_cdf(reward, ref_rewards).log(), n) - _f64(logprob)
@@ -305,8 +289,7 @@ def evaluate_bon(logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int,
 
 @torch.no_grad()
 def evaluate_policy(policy, reference, reward_fn: Reward, prompt: Tensor, ref_rewards: Tensor,
-                    n: int, k: int, length: int, eot: int,
-                    generator: torch.Generator) -> tuple[Tensor, ...]:
+                    n: int, k: int, length: int, eot: int, generator: torch.Generator) -> tuple:
     """What `metrics` takes, from k samples of the policy to each prompt: reward, kl_ref, kl_bon."""
     response, logprob = sample(policy, prompt, k, length, eot, generator)
     reward = reward_fn(prompt, response)
@@ -333,9 +316,8 @@ def _check_n(n: int) -> None:
 
 
 def _check_rewards(*rewards: Tensor) -> None:
-    for r in rewards:
-        if r.numel() == 0 or not r.isfinite().all():
-            raise ValueError(f"rewards {tuple(r.shape)} are empty or not finite")
+    if bad := [tuple(r.shape) for r in rewards if r.numel() == 0 or not r.isfinite().all()]:
+        raise ValueError(f"rewards must be finite and at least one, got shape {bad[0]}")
 
 
 def _log_inputs(n: int, *logs: Tensor) -> list[Tensor]:
