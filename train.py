@@ -43,7 +43,7 @@ def settings(args: argparse.Namespace) -> dict:
              samples=64, answers=128)                                     # 5 evaluation
     if args.data:
         s |= dict(vocab=2048, length=28, lm_steps=2500, lm_lr=3e-3, epochs=6, m=128,
-                  steps=400, lr=3e-4)
+                  steps=250, lr=3e-4)
     if args.quick:
         s |= dict(vocab=400, width=32, reviews=600, lm_steps=10, epochs=1, held_prompts=8,
                   m_eval=64, prompts=8, m=16, steps=3, batch=4, k=4, samples=8, answers=8)
