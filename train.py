@@ -109,7 +109,9 @@ def prepare(args: argparse.Namespace, s: dict) -> tuple[torch.device, list]:
         for folder in ("cache", "policies"):
             (out / folder).mkdir(parents=True, exist_ok=True)
             write(out / folder / ".writable", b"")
-        (out / "results.jsonl").exists() and read_results(out / "results.jsonl")
+            (out / folder / ".writable").unlink()
+        if (out / "results.jsonl").exists():
+            read_results(out / "results.jsonl")
     except (OSError, ValueError) as error:
         usage_error(error)
     random.Random(args.seed).shuffle(reviews)
