@@ -10,7 +10,7 @@ distribution that its log-probabilities describe).
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import tiktoken
 import torch
@@ -151,6 +151,7 @@ class GPT(nn.Module):
         return self.ln_f(x if where is None else x[where]) @ self.wte.weight.T
 
     def new_cache(self, rows: int, length: int) -> list[Tensor]:
+        """Room for keys and values of `rows` x `length` tokens: a (2, B, H, T, D) for each block."""
         n_head, n_embd = self.config["n_head"], self.config["n_embd"]
         shape = (2, rows, n_head, length, n_embd // n_head)
         return [self.wte.weight.new_empty(shape) for _ in self.h]

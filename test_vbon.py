@@ -5,7 +5,6 @@
 import itertools
 import json
 import math
-import random
 import subprocess
 import sys
 from decimal import Decimal, getcontext

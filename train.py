@@ -402,7 +402,7 @@ def plot(path: Path, rows: list[dict]) -> None:
     n = torch.logspace(0, 5, 500, dtype=torch.float64)
     kl, win = n.log() - (n - 1) / n, n / (n + 1)
     ax.plot(kl[kl < reach], win[kl < reach], color="0.6", lw=1.3, label="best-of-N in theory")
-    styles = dict(ref=("s", "black", "reference"), 
+    styles = dict(ref=("s", "black", "reference"),
                   bon=("o", "tab:blue", "best-of-N, N samples an answer"),
                   vbon=("D", "tab:red", "vBoN, one sample an answer"),
                   bound=("^", "tab:orange", "vBoN bound, one sample an answer"))
