@@ -61,7 +61,6 @@ def make_encoding(ranks: dict[bytes, int]) -> tiktoken.Encoding:
     return tiktoken.Encoding("vbon", pat_str=PATTERN, mergeable_ranks=ranks,
                              special_tokens={END: len(ranks)})
 
-
 # -------------------------------------------------------------------------------------------- GPT-2
 
 class Attention(nn.Module):
@@ -117,6 +116,7 @@ class GPT(nn.Module):
     """GPT-2: `GPT(...)(tokens)` maps ids (B, T) to logits (B, T, V), T at most `block_size`.
 
     `gelu` is "none" for the exact function (faster on a CPU) or "tanh" for GPT-2's approximation.
+    The last id is the end-of-text token, as in GPT-2's vocabulary.
     """
 
     def __init__(self, vocab_size: int, block_size: int, n_layer: int = 2, n_head: int = 4,
@@ -126,6 +126,7 @@ class GPT(nn.Module):
             raise ValueError(f"n_embd = {n_embd} is not a multiple of n_head = {n_head}")
         self.config = dict(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer,
                            n_head=n_head, n_embd=n_embd, gelu=gelu)
+        self.eot = vocab_size - 1
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(block_size, n_embd)
         self.h = nn.ModuleList(Block(n_embd, n_head, gelu) for _ in range(n_layer))
@@ -151,19 +152,20 @@ class GPT(nn.Module):
         return self.ln_f(x if where is None else x[where]) @ self.wte.weight.T
 
     def new_cache(self, rows: int, length: int) -> list[Tensor]:
-        """Room for keys and values of `rows` x `length` tokens: a (2, B, H, T, D) for each block."""
+        """Room for keys and values of `rows` x `length` tokens: one (2, B, H, T, D) a block."""
         n_head, n_embd = self.config["n_head"], self.config["n_embd"]
         shape = (2, rows, n_head, length, n_embd // n_head)
         return [self.wte.weight.new_empty(shape) for _ in self.h]
 
     @torch.no_grad()
-    def generate(self, prompt: Tensor, length: int, eot: int,
+    def generate(self, prompt: Tensor, length: int,
                  generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Sample one response to each prompt: ids (B, T0) -> ids (B, length), log-prob (B,).
 
-        A response ends at its first `eot` or after `length` tokens; what follows an end is filled
-        with `eot`. The log-probability (nats) counts the end-of-text token and none of the filling.
+        A response ends at its first end-of-text or after `length` tokens; what follows an end is
+        filled with end-of-text. The log-probability (nats) counts the end and none of the filling.
         """
+        eot = self.eot
         out = torch.full((len(prompt), length), eot, device=prompt.device)               # (B, L)
         logprob = torch.zeros(len(prompt), device=prompt.device)                            # (B,)
         rows = torch.arange(len(prompt), device=prompt.device)         # rows still in the batch
@@ -188,7 +190,6 @@ class GPT(nn.Module):
                 cache = [c[:, alive] for c in cache]
         return out, logprob
 
-
 # ------------------------------------------------------------------------------- language modelling
 
 def encode(encoding: tiktoken.Encoding, texts: Iterable[str], length: int) -> Tensor:
@@ -198,24 +199,24 @@ def encode(encoding: tiktoken.Encoding, texts: Iterable[str], length: int) -> Te
     return torch.tensor([row + [eot] * (length - len(row)) for row in rows])
 
 
-def train_lm(model: GPT, tokens: Tensor, eot: int, steps: int, batch: int, lr: float,
+def train_lm(model: GPT, tokens: Tensor, steps: int, batch: int, lr: float,
              generator: torch.Generator, progress: Iterable[int]) -> None:
-    """Maximum likelihood on texts (R, T), padded with `eot`; the first end is learned too."""
+    """Maximum likelihood on texts (R, T), padded with end-of-text; the first one is learned."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95),
                                   weight_decay=0.01, fused=True)
     for step in progress:
         warmup, cosine = (step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = lr * min(warmup, cosine)
         rows = torch.randint(len(tokens), (batch,), generator=generator).to(tokens.device)
-        loss = lm_loss(model, tokens[rows], eot)
+        loss = lm_loss(model, tokens[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
 
-def lm_loss(model: GPT, tokens: Tensor, eot: int) -> Tensor:
+def lm_loss(model: GPT, tokens: Tensor) -> Tensor:
     """Mean nats per token of texts (B, T), their first token given and their end included."""
-    mask = response_mask(tokens, eot)[:, 1:]
+    mask = response_mask(tokens, model.eot)[:, 1:]
     longest = int(mask.any(0).sum())
     mask = mask[:, :longest]
     return F.cross_entropy(model(tokens[:, :longest], where=mask), tokens[:, 1:longest + 1][mask])

@@ -10,6 +10,7 @@ import sys
 from decimal import Decimal, getcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiktoken._educational
 import torch
@@ -17,6 +18,8 @@ import torch
 import vbon
 from model import GPT, PATTERN, encode, lm_loss, train_lm, train_tokenizer
 from reward import Classifier, builtin_reviews, load_reviews, train_classifier
+from train import decode, frontier_shares, theory
+from vbon import Target
 
 HERE = Path(__file__).parent
 PROB = torch.tensor([0.1, 0.3, 0.2, 0.15, 0.05, 0.2], dtype=torch.float64)      # six responses
@@ -61,13 +64,15 @@ def test_interval_weight_has_mean_one(n):
     assert weight.mean().item() == pytest.approx(1, abs=1e-12)
 
 
-def test_only_the_ranking_of_rewards_matters():
+def test_only_the_ranking_of_rewards_matters_to_best_of_n():
     g = torch.Generator().manual_seed(0)
     reward, ref = (torch.randn(4, k, generator=g, dtype=torch.float64) for k in (8, 64))
     logprob = -20 * torch.rand(4, 8, generator=g)
-    before = vbon.log_target("vbon", 4, logprob, reward, ref)
-    for f in (torch.sigmoid, lambda r: r ** 3, lambda r: r.exp() - 5):
-        assert torch.equal(before, vbon.log_target("vbon", 4, logprob, f(reward), f(ref)))
+    for f in (torch.sigmoid, lambda r: r ** 3, lambda r: torch.where(r > 1.5, 100 * r, r)):
+        for method in ("vbon", "bound", "kl-rl", "soft-bon"):
+            before, after = (vbon.log_target(Target(method, 4, 0.5), logprob, a, b)
+                             for a, b in ((reward, ref), (f(reward), f(ref))))
+            assert torch.equal(before, after) == (method in ("vbon", "bound"))
 
 # -------------------------------------------------------------------- 2. the best-of-N distribution
 
@@ -130,6 +135,11 @@ def test_general_form_contains_the_other_two():
                           vbon.bon_logprob_bound(log_p, log_f, 5))
 
 
+def bon_row(target, draws, refs, g):
+    picked = decode(target, **draws, g=g)
+    return vbon.metrics(target.n, vbon.log_target(target, *picked, refs), *picked, refs)
+
+
 @pytest.mark.parametrize("n", [1, 2, 4, 16])
 def test_theory_is_what_simulation_finds(n):
     """best_of_n and both baselines' metrics on rewards that are their own CDF."""
@@ -138,10 +148,10 @@ def test_theory_is_what_simulation_finds(n):
                  logprob=torch.full((200, 100 * n), -50.0))
     refs = torch.rand(200, 2000, generator=g)
     kl, win = vbon.bon_theory(n)
-    row = vbon.evaluate_bon(**draws, ref_rewards=refs, n=n, generator=g)
+    row = bon_row(Target("bon", n), draws, refs, g)
     assert row["win_rate"] == pytest.approx(win, abs=0.006)
     assert row["kl_ref"] == pytest.approx(kl, abs=0.03) and row["kl_bon"] == 0
-    row = vbon.evaluate_reference(**draws, ref_rewards=refs, n=n)
+    row = bon_row(Target("ref", n), draws, refs, g)
     assert row["win_rate"] == pytest.approx(0.5, abs=0.01) and row["kl_ref"] == 0
     assert row["kl_bon"] == pytest.approx(n - 1 - math.log(n), rel=0.04, abs=1e-9)
     assert vbon.bon_theory(4) == (pytest.approx(0.636294, abs=1e-6), 0.8)
@@ -161,18 +171,70 @@ def test_bon_expected_reward_is_the_mean_over_all_subsets(n):
     assert vbon.bon_expected_reward(rewards, n).tolist() == pytest.approx(truth)
 
 
-def test_optimal_frontier_is_the_tilt_and_lies_above_best_of_n():
-    u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_soft_best_of_n_is_brute_force(n):
+    """Six equally likely responses; all (N-1)-tuples of them are the rivals."""
+    tuples = torch.cartesian_prod(*[torch.arange(6)] * n).view(-1, n)
+    truth = torch.zeros(6, dtype=torch.float64)
+    truth.index_add_(0, tuples.flatten(), (TIED[tuples] / 0.7).softmax(1).flatten() / len(tuples))
+    rivals = TIED[torch.cartesian_prod(*[torch.arange(6)] * max(1, n - 1))].view(1, -1)
+    ours = vbon.log_target(Target("soft-bon", n, 0.7), torch.full((1, 6), 1 / 6).log(), TIED[None],
+                           rivals).exp()
+    assert torch.allclose(ours[0], truth, atol=1e-7)
+    g = torch.Generator().manual_seed(0)
+    reward = DISTINCT[None, :n].repeat(20_000, 1)
+    drawn = vbon.best_of_n(reward, g, beta=0.7).bincount(minlength=n) / 20_000
+    assert torch.allclose(drawn.double(), (DISTINCT[:n] / 0.7).softmax(0), atol=0.015)
+
+
+def test_soft_best_of_n_while_sampling_is_its_density():
+    """The mean of log π/π_ref over answers, from two halves of the same numbers: the decoder's
+    frequencies and the formula."""
+    g = torch.Generator().manual_seed(3)
+    draws = dict(reward=torch.randn(100, 400, generator=g),
+                 logprob=torch.full((100, 400), -50.0))
+    refs = torch.randn(100, 3000, generator=g)
+    picked = decode(Target("soft-bon", 4, 1.0), **draws, g=g)
+    weight = vbon.log_target(Target("soft-bon", 4, 1.0), draws["logprob"], draws["reward"],
+                             refs).double() + 50                      # log π/π_ref of all draws
+    assert weight.exp().mean().item() == pytest.approx(1, abs=0.02)
+    expected = (weight.exp() * draws["reward"]).mean().item()
+    assert picked[1].mean().item() == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_winners_are_best_of_n_of_the_cached(n):
+    truth = brute_force_bon(torch.full((6,), 1 / 6, dtype=torch.float64), TIED, n)
+    drawn = vbon.winners(TIED[None], n, 40_000, torch.Generator().manual_seed(1))[0]
+    assert torch.allclose(drawn.bincount(minlength=6) / 40_000, truth.float(), atol=0.01)
+
+
+def test_tilt_is_the_closed_form_and_lies_above_best_of_n():
+    """exp(t·F): win rate 1/(1 - e^-t) - 1/t, KL t·win - log((e^t - 1)/t)."""
+    ref = torch.randn(3, 4000, generator=torch.Generator().manual_seed(0))
+    cdf = vbon.empirical_cdf(ref, ref)
     for t in (0.5, 3.0, 20.0):
-        q = (t * u).softmax(0) * len(u)                             # density of the tilted quantile
-        kl, win = vbon.optimal_frontier(torch.tensor([t], dtype=torch.float64))
-        assert win.item() == pytest.approx((q * u).mean().item(), abs=1e-6)
-        assert kl.item() == pytest.approx((q * q.log()).mean().item(), abs=1e-6)
-    kl, win = vbon.optimal_frontier(torch.logspace(-2, 2, 2000, dtype=torch.float64))
-    for n in (2, 4, 8):
-        at, best = vbon.bon_theory(n)
-        gap = win[(kl < at).sum()].item() - best
-        assert 0 < gap < 0.012
+        got, win = vbon.tilt(t * cdf, ref), 1 / (1 - math.exp(-t)) - 1 / t
+        assert got["win_rate"] == pytest.approx(win, abs=1e-3)
+        assert got["kl_ref"] == pytest.approx(t * win - math.log(math.expm1(t) / t), abs=2e-3)
+    for n in (2, 4, 8, 32):
+        got, (kl, win) = vbon.optimum(Target("vbon", n), ref), vbon.bon_theory(n)
+        assert got["win_rate"] == pytest.approx(win, abs=1e-3)
+        assert got["kl_ref"] == pytest.approx(kl, abs=4e-3)
+        expected = vbon.bon_expected_reward(ref, n).mean().item()
+        assert got["reward"] == pytest.approx(expected, abs=0.01)
+        assert got["ess"] == pytest.approx(4000 * (2 * n - 1) / n ** 2, rel=0.01)
+    curves = theory(ref)
+    for name, plane in (("tilt", "win_rate"), ("kl-rl", "reward")):           # highest in its plane
+        best = curves[name]
+        for other in curves.values():
+            at = other["kl_ref"] < best["kl_ref"][-1]
+            highest = np.interp(other["kl_ref"][at], best["kl_ref"], best[plane])
+            assert (highest >= other[plane][at] - 1e-3).all()
+    beta = 0.8                                      # Gaussian rewards: mean 1/β, KL 1/(2 β²)
+    got = vbon.optimum(Target("kl-rl", 1, beta), ref)
+    assert got["reward"] == pytest.approx(1 / beta, abs=0.12)
+    assert got["kl_ref"] == pytest.approx(0.5 / beta ** 2, abs=0.12)
 
 # ---------------------------------------------------------------- 3. the objective and its gradient
 
@@ -203,15 +265,15 @@ def world_reward(prompt, response):
 def exact_bon(model, prompt, response, reward, n):
     """log π_bon (1, 40) with the exact F of the enumerated world."""
     with torch.no_grad():
-        logprob = vbon.response_logprob(model, prompt, response, 3)
+        logprob = vbon.response_logprob(model, prompt, response)
     less, _ = exact_cdf(logprob[0].exp(), reward[0])
     return vbon.bon_logprob(logprob, less.log()[None], n)
 
 
-def exact_kl(policy, log_bon, prompt, response):
-    """KL(π_θ || π_bon), summed over every response."""
-    logprob = vbon.response_logprob(policy, prompt, response, 3)
-    return (logprob.exp() * (logprob - log_bon)).sum()
+def exact_kl(policy, log_bon, prompt, response, forward=False):
+    """KL(π_θ || π_bon), or forward KL(π_bon || π_θ), summed over every response."""
+    logprob = vbon.response_logprob(policy, prompt, response)
+    return ((log_bon.exp() if forward else logprob.exp()) * (logprob - log_bon)).sum().abs()
 
 
 def gradient(y, model):
@@ -222,7 +284,7 @@ def gradient(y, model):
 
 def test_probabilities_of_all_responses_sum_to_one():
     model, prompt, response, _ = tiny_world()
-    total = vbon.response_logprob(model, prompt, response, 3).exp().sum().item()
+    total = vbon.response_logprob(model, prompt, response).exp().sum().item()
     assert total == pytest.approx(1, abs=1e-6)
 
 
@@ -254,7 +316,7 @@ def test_gradient_through_the_model_and_the_bias_of_the_per_token_kl():
         p.data += 0.1 * torch.randn(p.shape, generator=g)
     log_bon = exact_bon(reference, prompt, response, reward, 4)
     exact = gradient(exact_kl(policy, log_bon, prompt, response), policy)
-    logprob = vbon.response_logprob(policy, prompt, response, 3)
+    logprob = vbon.response_logprob(policy, prompt, response)
     weight = logprob.detach().exp()[0]
     pairs = torch.cartesian_prod(torch.arange(40), torch.arange(40))
     # the loss is linear in the log-probabilities: first its gradient, then the model's
@@ -266,37 +328,54 @@ def test_gradient_through_the_model_and_the_bias_of_the_per_token_kl():
     drawn = gradient((logprob[0] * by_string).sum(), policy)
     assert (drawn - exact).norm() < 1e-4 * exact.norm()
 
-    to_ref = vbon.response_logprob(reference, prompt, response, 3).detach()
+    to_ref = vbon.response_logprob(reference, prompt, response).detach()
     true_kl = exact_kl(policy, to_ref, prompt, response)
-    per_token = vbon.response_kl(policy, reference, prompt, response, 3)
+    per_token = vbon.response_kl(policy, reference, prompt, response)
     assert (per_token >= -1e-6).all()
     assert (weight * per_token[0]).sum().item() == pytest.approx(true_kl.item(), abs=1e-5)
     right, naive = gradient(true_kl, policy), gradient((weight * per_token[0]).sum(), policy)
     assert (naive - right).norm() > 0.1 * right.norm()
 
 
-@pytest.mark.parametrize("n", [2, 4])
-def test_training_reaches_the_exact_target(n):
+@pytest.mark.parametrize("method,n", [("vbon", 2), ("vbon", 4), ("bound", 4), ("kl-rl", 1),
+                                      ("bon-sft", 4), ("bond", 4)])
+def test_training_reaches_the_exact_target(method, n):
+    """The optimum of each method is the distribution that it claims, on the enumerated world."""
     reference, prompt, response, reward = tiny_world()
     policy, *_ = tiny_world()
-    log_bon = exact_bon(reference, prompt, response, reward, n)
+    target = Target(method, n, 12.0 if method == "kl-rl" else None)
+    goal = exact_bon(reference, prompt, response, reward, n)
+    with torch.no_grad():
+        ref_logprob = vbon.response_logprob(reference, prompt, response)
+    if method == "bound":
+        less, _ = exact_cdf(ref_logprob[0].exp(), reward[0])
+        goal = (ref_logprob + (n - 1) * less.log()).log_softmax(1)
+        goal[0, less == 0] = -100                                   # π_bon of the very worst is not
+    if method == "kl-rl":
+        goal = (ref_logprob + reward / target.beta).log_softmax(1)
     g = torch.Generator().manual_seed(6)
-    draws, _ = vbon.sample(reference, prompt, 20_000, 3, 3, g)
-    ref_rewards = world_reward(prompt, draws)
+    cached, _ = vbon.sample(reference, prompt, 20_000, 3, g)
+    ref_rewards = world_reward(prompt, cached)
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.005)
-    before = exact_kl(policy, log_bon, prompt, response).item()
+    before = exact_kl(policy, goal, prompt, response, method == "bon-sft").item()
     for step in range(300):
-        seen = vbon.update(policy, reference, optimizer, world_reward, "vbon",
-                           vbon.grow_n(n, step, 300), prompt, ref_rewards, 512, 3, 3, g)
-    after = exact_kl(policy, log_bon, prompt, response).item()
-    assert after < 0.01 < 0.1 < before and abs(seen["kl_target"] - after) < 0.02
+        optimizer.param_groups[0]["lr"] = 0.006 * (1 - step / 300)
+        seen = vbon.update(policy, reference, optimizer, world_reward,
+                           vbon.grow(target, step, 300), prompt, cached, ref_rewards, 512, g)
+    after = exact_kl(policy, goal, prompt, response, method == "bon-sft").item()
+    assert after < 0.015 < 0.1 < before, (before, after)
+    if method != "vbon":
+        return
+    assert abs(seen["kl_target"] - after) < 0.02
     # the same numbers from the evaluation, which has no access to the exact distribution
-    _, kl_ref, kl_bon = vbon.evaluate_policy(policy, reference, world_reward, prompt, ref_rewards,
-                                             n, 20_000, 3, 3, g)
-    to_ref = vbon.response_logprob(reference, prompt, response, 3).detach()
-    truth = exact_kl(policy, to_ref, prompt, response).item()
-    assert kl_ref.mean().item() == pytest.approx(truth, abs=0.02)
-    assert kl_bon.mean().item() == pytest.approx(after, abs=0.01)
+    drawn, logprob = vbon.sample(policy, prompt, 20_000, 3, g)
+    to_ref = vbon.response_logprob(reference, prompt, drawn).detach()
+    kl_ref = vbon.response_kl(policy, reference, prompt, drawn).detach()
+    twice = [x.repeat(2, 1) for x in (logprob, to_ref, world_reward(prompt, drawn), ref_rewards)]
+    row = vbon.metrics(n, *twice, kl_ref.repeat(2, 1))
+    assert row["kl_ref"] == pytest.approx(exact_kl(policy, ref_logprob, prompt, response).item(),
+                                          abs=0.02)
+    assert row["kl_bon"] == pytest.approx(after, abs=0.01)
 
 # -------------------------------------------------------------------------- 4. sampling and scoring
 
@@ -316,17 +395,17 @@ def small_gpt():
 def test_log_probability_while_sampling_is_the_one_scored_later():
     g = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, 19, (6, 3), generator=g)
-    response, sampled = vbon.sample(small_gpt(), prompt, 50, 9, 19, g, rows=128)
+    response, sampled = vbon.sample(small_gpt(), prompt, 50, 9, g, rows=128)
     lengths = vbon.response_mask(response, 19).sum(-1)
     assert lengths.min() < 4 and lengths.max() == 9 and (response[:, :, -1] != 19).any()
-    scored = vbon.response_logprob(small_gpt(), prompt, response, 19)
+    scored = vbon.response_logprob(small_gpt(), prompt, response)
     assert torch.allclose(sampled.double(), scored, atol=2e-4)
 
 
 def test_samples_follow_the_enumerated_distribution():
     model, prompt, response, _ = tiny_world()
-    drawn, _ = vbon.sample(model, prompt, 40_000, 3, 3, torch.Generator().manual_seed(2))
-    prob = vbon.response_logprob(model, prompt, response, 3).exp()[0]
+    drawn, _ = vbon.sample(model, prompt, 40_000, 3, torch.Generator().manual_seed(2))
+    prob = vbon.response_logprob(model, prompt, response).exp()[0]
     count = (drawn[0][:, None] == response).all(-1).sum(0)
     assert count.sum() == 40_000
     assert ((count / 40_000 - prob).abs() < 5 * (prob / 40_000).sqrt() + 1e-6).all()
@@ -346,18 +425,45 @@ def test_cached_attention_is_full_attention_and_looks_only_back():
         assert torch.allclose(model(changed)[:, :7], full[:, :7], atol=1e-5)
 
 
-def test_grow_n_ends_at_n():
-    assert [vbon.grow_n(16, step, 10) for step in range(10)] == [2, 4, 8] + 7 * [16]
-    assert {vbon.grow_n(1, step, 10) for step in range(10)} == {1} and vbon.grow_n(5, 0, 1) == 5
+def test_grow_ends_at_the_target():
+    grown = [vbon.grow(Target("vbon", 16), step, 10) for step in range(10)]
+    assert [target.n for target in grown] == [2, 4, 8] + 7 * [16] and grown[-1].beta is None
+    assert vbon.grow(Target("vbon", 5), 0, 1) == Target("vbon", 5)
+    grown = [vbon.grow(Target("kl-rl", 1, 0.5), step, 10) for step in range(10)]
+    assert [1 / target.beta for target in grown] == pytest.approx([0.5, 1, 1.5] + 7 * [2])
 
 # ------------------------------------------------------------------------------------ 5. evaluation
 
-def test_win_rate_and_clustered_errors_by_hand():
+def test_win_rate_and_metrics_by_hand():
     ref = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
     assert vbon.win_rate(torch.tensor([[-1.0, 0.0, 1.5, 3.0, 4.0]]), ref).tolist() == [
         [0, 0.125, 0.5, 0.875, 1]]
-    mean, error = vbon.clustered(torch.tensor([[1.0, 3.0], [5.0, 7.0], [3.0, 5.0]]).double())
-    assert mean == 4 and error == pytest.approx(2 / math.sqrt(3))
+    reward, logprob = torch.tensor([[1.0, 3.0], [5.0, 7.0], [3.0, -5.0]]), torch.full((3, 2), -9.0)
+    row = vbon.metrics(2, logprob + 1, logprob, reward, ref.expand(3, 4))
+    assert row["reward"] == pytest.approx(7 / 3) and row["positive"] == pytest.approx(5 / 6)
+    assert row["reward_se"] == pytest.approx(torch.tensor([2.0, 6.0, -1.0]).std().item() / 3 ** 0.5)
+    assert row["kl_ref"] == 1 and row["kl_ref_se"] == 0
+    cdf = torch.tensor([2, 4, 5, 5, 4, 1]) / 5                              # ties: strict
+    assert row["kl_bon"] == pytest.approx(1 - (2 * cdf + math.exp(-9)).log().mean().item())
+    assert vbon.metrics(2, logprob, logprob, reward, ref.expand(3, 4), 0 * reward)["kl_ref"] == 0
+
+
+def test_decode_by_hand():
+    reward = torch.tensor([[1.0, 4.0, 3.0, 2.0]])
+    g = torch.Generator().manual_seed(0)
+    assert decode(Target("ref", 2), reward - 9, reward, g)[1].tolist() == [[1, 3]]
+    logprob, best = decode(Target("bon", 2), reward - 9, reward, g)
+    assert best.tolist() == [[4, 3]] and torch.equal(logprob, best - 9)
+
+
+def test_frontier_shares_by_hand():
+    points = [("vbon", 1.0, 0.8), ("vbon", 2.0, 0.9), ("kl-rl", 1.0, 0.7), ("kl-rl", 0.5, 0.7),
+              ("kl-rl", 3.0, 0.85), ("bond", 2.0, 0.9)]
+    rows = [dict(method=m, seed=0, kl_ref=kl, win_rate=win) for m, kl, win in points]
+    rows += [dict(method="bond", seed=1, kl_ref=9.0, win_rate=0.1)]     # alone among its own seed
+    shares = frontier_shares(rows, "win_rate")
+    assert {m: x[0] for m, x in shares.items()} == {"vbon": 1, "kl-rl": 1 / 3, "bond": 1}
+    assert shares["vbon"][1:] == (1, 1) and shares["kl-rl"][1] == 0 < shares["kl-rl"][2]
 
 
 @pytest.mark.parametrize("call", [
@@ -379,7 +485,7 @@ def test_win_rate_and_clustered_errors_by_hand():
     lambda: vbon.reverse_kl_loss(torch.zeros(3, 1), torch.zeros(3, 1)),
     lambda: vbon.reverse_kl_loss(torch.zeros(3, 2), torch.zeros(2, 3)),
     lambda: vbon.reverse_kl_loss(torch.zeros(1, 2), torch.tensor([[0.0, -math.inf]])),
-    lambda: vbon.log_target("nonsense", 2, torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1)),
+    lambda: vbon.log_target(Target("nonsense", 2), *torch.zeros(3, 1, 1)),
     lambda: GPT(10, 4, n_head=3, n_embd=16)])
 def test_bad_arguments_are_refused(call):
     with pytest.raises(ValueError, match="."):
@@ -409,10 +515,10 @@ def test_language_model_learns_the_text():
     tokens = encode(encoding, [text for text, _ in builtin_reviews(300, 0)], 24)
     g = torch.Generator().manual_seed(0)
     model = GPT(400, 24, n_embd=32, generator=g)
-    before = lm_loss(model, tokens, 399).item()
-    train_lm(model, tokens, 399, 60, 32, 1e-2, g, range(60))
+    before = lm_loss(model, tokens).item()
+    train_lm(model, tokens, 60, 32, 1e-2, g, range(60))
     assert before == pytest.approx(math.log(400), abs=0.1)
-    assert lm_loss(model, tokens, 399).item() < 4
+    assert lm_loss(model, tokens).item() < 4
 
 
 def test_classifier_learns_sentiment_and_ignores_what_follows_the_end():
@@ -474,6 +580,21 @@ def test_quick_run_its_cache_and_its_results(tmp_path):
         del row["seconds"]
     assert all(row in again for row in rows)
 
+    # every method, two seeds; β as given, or found so that its optimum is as far as best-of-n
+    methods = ["vbon", "bound", "kl-rl", "bon-sft", "bond"]
+    code, text, error = train("--quick", "--n", 2, "--seed", 0, 1, "--method", *methods,
+                              cwd=tmp_path)
+    assert code == 0 and error == "" and "frontier" in text
+    rows = [row for row in results(tmp_path / "out") if row["n"] == 2 and row["seed"] == 1]
+    assert [row["method"] for row in rows] == ["ref", "bon", "soft-bon", *methods]
+    for row in rows:
+        assert (row["beta"] is not None) == (row["method"] in ("kl-rl", "soft-bon"))
+    code, text, error = train("--quick", "--n", 2, "--method", "kl-rl", "--beta", 0.5, 2,
+                              cwd=tmp_path)
+    assert code == 0 and error == ""
+    given = [row["beta"] for row in results(tmp_path / "out")[-4:]]
+    assert given == [0.5, 2, 0.5, 2]
+
     code, text, _ = train("--quick", "--n", 2, "--sample", "i watched this", cwd=tmp_path)
     assert code == 0 and text.count("i watched this ...") == 3 and "best of 2" in text
     code, _, error = train("--quick", "--n", 2, "--sample", "words " * 99, cwd=tmp_path)
@@ -490,7 +611,8 @@ def test_wrong_usage_is_status_2_and_one_line(tmp_path):
                 (tmp_path / name / f"{label}.txt").write_bytes(text.encode("latin1"))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/results.jsonl").write_text("not json\n")
-    wrong = [["--n", "0"], ["--n", "2.5"], ["--nonsense"], ["--data", "nowhere"], ["--data", "one"],
+    wrong = [["--n", "0"], ["--n", "2.5"], ["--beta", "0"], ["--beta", "nan"],
+             ["--method", "dpo"], ["--nonsense"], ["--data", "nowhere"], ["--data", "one"],
              ["--data", "few"], ["--data", "empty"], ["--data", "latin"], ["--device", "abacus"],
              ["--out", "file"], ["--out", "broken"], ["--sample", " "]]
     processes = []

@@ -1,9 +1,19 @@
 """train.py: from text to a policy whose one sample does the work of best-of-N, in five stages.
 
     python train.py --n 4                             the main job
-    python train.py --n 2 4 8 16                      several N; stages 1 to 3 are shared
+    python train.py --n 2 4 8 --seed 0 1 2            several N, several repetitions
+    python train.py --n 4 --method vbon kl-rl         beside other methods, see below
     python train.py --n 4 --data DIR                  your own labelled reviews
     python train.py --n 4 --sample "i watched this"   your own words, answered three ways
+
+Methods, what each minimises, and its paper:
+    vbon      KL(policy || best-of-N), exact                           arXiv 2407.06057, eq. (2)
+    bound     the same, with a lower bound of best-of-N's log-prob     arXiv 2407.06057, eq. (3)
+    kl-rl     β KL(policy || reference) - reward, the RLHF objective   arXiv 1909.08593
+    bon-sft   KL(best-of-N || policy): imitate best-of-N's answers     arXiv 2304.06767
+    bond      half vbon, half bon-sft (Jeffreys divergence)            arXiv 2407.14622
+    bon       no training: the best of N draws; always shown           arXiv 2009.01325
+    soft-bon  no training: one of N draws, with odds exp(reward/β)     arXiv 2505.03156
 
 Writes results.jsonl, pareto.png, samples.txt and the trained policies to --out, and keeps finished
 stages in --out/cache: the same command again, or another N, goes on from there.
@@ -21,6 +31,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import tiktoken
 import torch
 from torch import Tensor
@@ -28,8 +39,11 @@ from torch import Tensor
 import vbon
 from model import GPT, encode, lm_loss, make_encoding, train_lm, train_tokenizer
 from reward import Classifier, builtin_reviews, load_reviews, train_classifier
+from vbon import Target
 
-METHODS = {"vbon": "vBoN", "bound": "vBoN bound"}
+NAMES = {"ref": "reference", "bon": "best-of-N", "soft-bon": "soft best-of-N", "vbon": "vBoN",
+         "bound": "vBoN bound", "kl-rl": "KL-RL", "bon-sft": "BoN-SFT", "bond": "BOND"}
+DECODED, TILTED = ("ref", "bon", "soft-bon"), ("kl-rl", "soft-bon")     # no training; with a β
 
 # ------------------------------------------------------------------------------------- the settings
 
@@ -39,14 +53,14 @@ def settings(args: argparse.Namespace) -> dict:
              lm_steps=1000, lm_batch=64, lm_lr=6e-3,                      # 1 reference model
              epochs=4,                                                    # 2 reward
              held_prompts=64, m_eval=512, prompts=512, m=64,              # 3 reference samples
-             steps=100, batch=64, k=8, lr=7e-4,                           # 4 vBoN
-             samples=64, answers=128)                                     # 5 evaluation
+             steps=90, batch=64, k=8, lr=7e-4,                            # 4 fine-tuning
+             samples=64)                                                  # 5 evaluation
     if args.data:
         s |= dict(vocab=2048, length=28, lm_steps=2500, lm_lr=3e-3, epochs=6, m=128,
                   steps=250, lr=3e-4)
     if args.quick:
         s |= dict(vocab=400, width=32, reviews=600, lm_steps=10, epochs=1, held_prompts=8,
-                  m_eval=64, prompts=8, m=16, steps=3, batch=4, k=4, samples=8, answers=8)
+                  m_eval=64, prompts=8, m=16, steps=3, batch=4, k=4, samples=8)
     return s | {name: value for name in ("steps", "m") if (value := getattr(args, name))}
 
 
@@ -56,18 +70,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = usage_error
     group = parser.add_argument_group("the method")
-    group.add_argument("--n", type=at_least_one, nargs="+", default=[4], metavar="N",
+    group.add_argument("--n", type=positive_int, nargs="+", default=[4], metavar="N",
                        help="the N of best-of-N: more reward, further from π_ref (default: 4)")
-    group.add_argument("--method", nargs="+", default=["vbon"], choices=METHODS,
-                       help="vbon: the exact log π_bon; bound: its lower bound (default: vbon)")
-    group.add_argument("--steps", type=at_least_one,
-                       help="updates of a policy: more land closer to π_bon")
-    group.add_argument("--m", type=at_least_one,
+    group.add_argument("--method", nargs="+", default=["vbon"], choices=list(NAMES)[1:],
+                       metavar="METHOD", help="one or more of those above (default: vbon)")
+    group.add_argument("--beta", type=positive_float, nargs="+", metavar="B",
+                       help="the β of kl-rl and soft-bon: smaller goes further from π_ref "
+                       "(default: for each N the one that takes kl-rl as far as best-of-N)")
+    group.add_argument("--steps", type=positive_int,
+                       help="updates of a policy: more land closer to π_bon (doubled for N > 8)")
+    group.add_argument("--m", type=positive_int,
                        help="reference samples per training prompt: more make a better F")
     group = parser.add_argument_group("the text")
     group.add_argument("--data", metavar="DIR", help="pos.txt and neg.txt, one review a line, or "
                        "pos/*.txt and neg/*.txt, one review a file (default: built-in reviews)")
-    group.add_argument("--seed", type=int, default=0, help="another seed: another repetition")
+    group.add_argument("--seed", type=int, nargs="+", default=[0],
+                       help="each seed is a repetition of everything (default: 0)")
     group = parser.add_argument_group("the run")
     group.add_argument("--sample", metavar="TEXT", help="print answers to TEXT by reference, "
                        "best-of-N and policy; trains only what is not there yet")
@@ -78,11 +96,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def at_least_one(text: str) -> int:
+def positive_int(text: str) -> int:
     """An integer of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"want an integer of at least 1, got {text!r}")
+    if int(text) < 1:
+        raise ValueError
     return int(text)
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0, for argparse."""
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
 
 
 def usage_error(message: object) -> None:
@@ -91,9 +116,9 @@ def usage_error(message: object) -> None:
     raise SystemExit(2)
 
 
-def prepare(args: argparse.Namespace, s: dict) -> tuple[torch.device, list]:
-    """The device and the shuffled reviews. What could be wrong with the command is looked at here,
-    before any work."""
+def prepare(args: argparse.Namespace) -> tuple[torch.device, list | None]:
+    """The device, and the reviews of --data. What could be wrong with the command is looked at
+    here, before any work."""
     out, name = Path(args.out), args.device
     try:
         if name == "auto":
@@ -104,17 +129,14 @@ def prepare(args: argparse.Namespace, s: dict) -> tuple[torch.device, list]:
             raise ValueError(f"--device {name}: not to be had here; try --device cpu") from None
         if args.sample is not None and not args.sample.strip():
             raise ValueError("--sample: want a few words to continue")
-        reviews = (load_reviews(args.data) if args.data
-                   else builtin_reviews(s["reviews"], args.seed))
+        reviews = load_reviews(args.data) if args.data else None
         for folder in ("cache", "policies"):
             (out / folder).mkdir(parents=True, exist_ok=True)
             write(out / folder / ".writable", b"")
             (out / folder / ".writable").unlink()
-        if (out / "results.jsonl").exists():
-            read_results(out / "results.jsonl")
+        read_results(out / "results.jsonl")
     except (OSError, ValueError) as error:
         usage_error(error)
-    random.Random(args.seed).shuffle(reviews)
     return device, reviews
 
 # ------------------------------------------------------------------ progress, randomness, the cache
@@ -186,15 +208,15 @@ class World(NamedTuple):
     s: dict
     seed: int
     device: torch.device
+    cache: Path
     encoding: tiktoken.Encoding
-    eot: int
     reference: GPT
     reward_fn: vbon.Reward
-    key: str                                 # names all of the above in the cache
-    prompt: Tensor                           # (P, T0) for training
-    held: Tensor                             # (P', T0) for evaluation, none of them among `prompt`
-    ref_rewards: Tensor | None = None        # (P, M)
-    held_rewards: Tensor | None = None       # (P', M')
+    key: str                           # names all of the above in the cache
+    prompt: Tensor                     # (P, T0) for training
+    held: Tensor                       # (P', T0) for evaluation, none of them among `prompt`
+    train: dict | None = None          # reference samples to `prompt`: response (P, M, L), reward
+    held_rewards: Tensor | None = None                                                   # (P', M')
 
 
 def load_gpt(saved: dict, device: torch.device) -> GPT:
@@ -212,10 +234,10 @@ def build_reference(s: dict, seed: int, device: torch.device, reviews: list) -> 
     held = max(16, len(tokens) // 20)
     model = GPT(encoding.n_vocab, tokens.shape[1], s["layers"], s["heads"], s["width"],
                 generator=generator("cpu", seed, "init")).to(device)
-    train_lm(model, tokens[held:], encoding.eot_token, s["lm_steps"], s["lm_batch"], s["lm_lr"],
+    train_lm(model, tokens[held:], s["lm_steps"], s["lm_batch"], s["lm_lr"],
              generator("cpu", seed, "lm"), track("step", s["lm_steps"]))
     with torch.no_grad():
-        nats = lm_loss(model, tokens[:held], encoding.eot_token).item()
+        nats = lm_loss(model, tokens[:held]).item()
     ranks = map(encoding.decode_single_token_bytes, range(encoding.eot_token))
     return dict(ranks=[part.decode("latin1") for part in ranks],
                 config=model.config, weights=model.state_dict(), nats=nats)
@@ -245,20 +267,31 @@ def pick_prompts(s: dict, reviews: list, encoding, device) -> tuple[Tensor, Tens
     return prompts[held:], prompts[:held]
 
 
-def draw(w: World, prompt: Tensor, k: int, *name: object) -> dict[str, Tensor]:
-    """Stage 3: k reference responses to each prompt; their log-probabilities and rewards (P, k)."""
-    g, parts = generator(w.device, w.seed, "draw", *name), []
+def draw(w: World, model: GPT, prompt: Tensor, k: int, label: str, *name: object) -> dict:
+    """k responses of a model to each prompt (P, T0), their log-probabilities and rewards (P, k)."""
+    start, g, parts = time.time(), generator(w.device, w.seed, "draw", *name), []
     chunks = prompt.split(max(1, 2048 // k))
-    for i in track(f"{name[0]}, part", len(chunks)):
-        response, logprob = vbon.sample(w.reference, chunks[i], k, w.s["length"], w.eot, g)
-        parts.append((logprob.cpu(), w.reward_fn(chunks[i], response).cpu()))
-    logprob, reward = (torch.cat(part) for part in zip(*parts))
-    return dict(logprob=logprob, reward=reward)
+    for i in track(label, len(chunks)):
+        response, logprob = vbon.sample(model, chunks[i], k, w.s["length"], g)
+        parts.append((response.int().cpu(), logprob.cpu(), w.reward_fn(chunks[i], response).cpu()))
+    drawn = dict(zip(("response", "logprob", "reward"), map(torch.cat, zip(*parts))))
+    return drawn | dict(seconds=time.time() - start)
 
 
-def stages_1_to_3(args: argparse.Namespace, s: dict, device: torch.device, reviews: list) -> World:
+def held_out(w: World, part: int) -> dict:
+    """Stage 3: m_eval reference responses to each held-out prompt. Part 0 measures F; best-of-N
+    chooses among the others."""
+    m = w.s["m_eval"]
+    return cached(w.cache / f"held-out-{part}-{digest(w.key, upto(w.s, 'm_eval'))}.pt",
+                  lambda: draw(w, w.reference, w.held, m, "held-out, part", "held-out", part))
+
+
+def stages_1_to_3(args: argparse.Namespace, s: dict, seed: int, device: torch.device,
+                  reviews: list | None) -> World:
     """Text to reference samples, each stage from the cache if it is there."""
-    seed, cache, here = args.seed, Path(args.out) / "cache", Path(__file__).parent
+    cache, here = Path(args.out) / "cache", Path(__file__).parent
+    reviews = list(reviews or builtin_reviews(s["reviews"], seed))
+    random.Random(seed).shuffle(reviews)
     code = [here / name for name in ("model.py", "reward.py", "train.py")]
     key = digest(seed, device.type, reviews, *code)
 
@@ -277,102 +310,145 @@ def stages_1_to_3(args: argparse.Namespace, s: dict, device: torch.device, revie
     print(f"  held-out accuracy: {saved['accuracy']:.3f}")
 
     print("3 reference samples, for the CDF of the reward", flush=True)
-    w = World(s, seed, device, encoding, encoding.eot_token, reference, classifier.reward,
+    w = World(s, seed, device, cache, encoding, reference, classifier.reward,
               digest(key, here / "vbon.py"), *pick_prompts(s, reviews, encoding, device))
-    test = cached(cache / f"held-out-{digest(w.key, upto(s, 'm_eval'))}.pt",
-                  lambda: draw(w, w.held, s["m_eval"], "held-out"))
     train = cached(cache / f"training-{digest(w.key, upto(s, 'm'))}.pt",
-                   lambda: draw(w, w.prompt, s["m"], "training"))
-    return w._replace(ref_rewards=train["reward"], held_rewards=test["reward"])
+                   lambda: draw(w, reference, w.prompt, s["m"], "training, part", "training"))
+    train["response"] = train["response"].long().to(device)
+    return w._replace(train=train, held_rewards=held_out(w, 0)["reward"])
 
 
-def build_policy(w: World, method: str, n: int) -> dict:
-    """Stage 4: the reference, fine-tuned towards best-of-n."""
+def targets(w: World, methods: list[str], n: int, betas: list[float] | None) -> list[Target]:
+    """What the methods aim at for one N. Without a β given, the β whose optimum is as far from
+    π_ref as best-of-n: found by bisection, two digits."""
+    if betas is None and set(methods) & set(TILTED):
+        low, high = 1e-3, 1e6
+        for _ in range(50):
+            beta = math.sqrt(low * high)
+            far = vbon.optimum(Target("kl-rl", n, beta), w.train["reward"])["kl_ref"]
+            low, high = (beta, high) if far > vbon.bon_theory(n)[0] else (low, beta)
+        betas = [float(f"{beta:.2g}")]
+    return [Target(method, n, beta) for method in methods
+            for beta in (betas if method in TILTED else [None])]
+
+
+def title(method: str, n: int) -> str:
+    """How a method is called in a table."""
+    return NAMES[method].replace("-of-N", f" of {n}")
+
+
+def label(target: Target) -> str:
+    """A short name for progress lines and files."""
+    return target.method + (f" n={target.n}" if target.n > 1 or target.beta is None else "") + (
+        f" β={target.beta:g}" if target.beta else "")
+
+
+def build_policy(w: World, target: Target) -> dict:
+    """Stage 4: the reference, fine-tuned towards a target."""
     s, start, watch = w.s, time.time(), {}
+    steps = s["steps"] * (2 if target.n > 8 else 1)        # far from π_ref, what is poor is rare
     policy = load_gpt(dict(config=w.reference.config, weights=w.reference.state_dict()), w.device)
     optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), fused=True)
-    responses = generator(w.device, w.seed, "train", method, n)
-    prompts = generator("cpu", w.seed, "prompts", method, n)
-    for step in track(f"{method} n={n}", s["steps"], watch):
-        late = max(0.0, 2 * step / s["steps"] - 1)                    # flat, then half a cosine
+    responses = generator(w.device, w.seed, "train", *target)
+    prompts = generator("cpu", w.seed, "prompts", *target)
+    for step in track(label(target), steps, watch):
+        late = max(0.0, 2 * step / steps - 1)                    # flat, then half a cosine
         optimizer.param_groups[0]["lr"] = s["lr"] * (1 + math.cos(math.pi * late)) / 2
         rows = torch.randperm(len(w.prompt), generator=prompts)[:s["batch"]]
-        watch |= vbon.update(policy, w.reference, optimizer, w.reward_fn, method,
-                             vbon.grow_n(n, step, s["steps"]), w.prompt[rows.to(w.device)],
-                             w.ref_rewards[rows], s["k"], s["length"], w.eot, responses)
+        watch |= vbon.update(policy, w.reference, optimizer, w.reward_fn,
+                             vbon.grow(target, step, steps), w.prompt[rows.to(w.device)],
+                             w.train["response"][rows], w.train["reward"][rows], s["k"], responses)
     return dict(config=policy.config, weights=policy.state_dict(), seconds=time.time() - start)
 
 
-def evaluate(w: World, n: int, policies: dict[str, dict]) -> list[dict]:
-    """Stage 5: the rows of one N, on held-out prompts: reference, best-of-n, then the policies."""
-    s, start = w.s, time.time()
-    answers = max(8, min(s["answers"], 4096 // n))              # for large N, fewer but dearer ones
-    draws = draw(w, w.held, answers * n, f"best of {n}")
-    alone = {name: x[:, :answers] for name, x in draws.items()}
-    ref = vbon.evaluate_reference(**alone, ref_rewards=w.held_rewards, n=n)
-    bon = vbon.evaluate_bon(**draws, ref_rewards=w.held_rewards, n=n,
-                            generator=generator("cpu", w.seed, "ties", n))
-    seconds = time.time() - start
-    rows = [dict(method="ref", n=n, **ref, samples_per_answer=1, seconds=seconds / n),
-            dict(method="bon", n=n, **bon, samples_per_answer=n, seconds=seconds)]
-    for method, saved in policies.items():
-        start, policy = time.time(), load_gpt(saved, w.device)
-        g, parts = generator(w.device, w.seed, "evaluate", method, n), []
-        size = max(1, 1024 // s["samples"])
-        chunks = list(zip(w.held.split(size), w.held_rewards.split(size)))
-        for i in track(f"{method} n={n}, part", len(chunks)):
-            parts.append(vbon.evaluate_policy(policy, w.reference, w.reward_fn, *chunks[i], n,
-                                              s["samples"], s["length"], w.eot, g))
-        reward, kl_ref, kl_bon = (torch.cat(part) for part in zip(*parts))
-        rows.append(dict(method=method, n=n, **vbon.metrics(reward, w.held_rewards, kl_ref, kl_bon),
-                         samples_per_answer=1, seconds=saved["seconds"] + time.time() - start))
+def evaluate(w: World, policies: dict[Target, dict], curves: dict) -> list[dict]:
+    """Stage 5: a row for each target of one N, on held-out prompts."""
+    rows = []
+    n, m = next(iter(policies)).n, w.s["m_eval"]
+    parts = max(min(max(1, n // 8), 4), math.ceil(n / m))          # draws for 16 answers or more
+    drawn = [held_out(w, 1 + part) for part in range(parts)]
+    used = m * parts // n * n
+    logprob, reward = (torch.cat([d[name] for d in drawn], 1)[:, :used]
+                       for name in ("logprob", "reward"))
+    seconds = sum(d["seconds"] for d in drawn)
+    for target, saved in policies.items():
+        if target.method in DECODED:
+            picked = decode(target, logprob, reward, generator("cpu", w.seed, *target))
+            own = vbon.log_target(target, *picked, w.held_rewards)
+            row = vbon.metrics(n, own, *picked, w.held_rewards)
+            row |= dict(samples_per_answer=1 if target.method == "ref" else n, seconds=seconds)
+        else:
+            policy = load_gpt(saved, w.device)
+            own = draw(w, policy, w.held, w.s["samples"], label(target), "evaluate", *target)
+            response = own["response"].long().to(w.device)
+            with torch.no_grad():
+                kl_ref = vbon.response_kl(policy, w.reference, w.held, response)
+                ref_logprob = vbon.response_logprob(w.reference, w.held, response)
+            row = vbon.metrics(n, own["logprob"], ref_logprob, own["reward"], w.held_rewards,
+                               kl_ref)
+            row |= dict(samples_per_answer=1, seconds=saved["seconds"] + own["seconds"])
+        aim = vbon.optimum(target, w.held_rewards)
+        row |= {f"aim_{name}": value for name, value in aim.items()}
+        for plane, best in (("win_rate", curves["tilt"]), ("reward", curves["kl-rl"])):
+            for by in ("", "aim_"):
+                highest = np.interp(row[by + "kl_ref"], best["kl_ref"], best[plane])
+                row[f"{by}gap_{plane}"] = float(highest) - row[by + plane]
+        rows.append(target._asdict() | row)
     return rows
 
 
-def show_answers(w: World, n: int, policies: dict[str, dict], prompt: Tensor) -> str:
+def decode(target: Target, logprob: Tensor, reward: Tensor, g: torch.Generator) -> list[Tensor]:
+    """(P, A·N) -> (P, A): each N draws give one answer, the first of them for "ref"."""
+    draws = reward.reshape(-1, target.n)[:, :1 if target.method == "ref" else None]
+    pick = vbon.best_of_n(draws, g, target.beta)[:, None]                                 # (P·A, 1)
+    return [x.reshape(-1, target.n).gather(1, pick).view(len(x), -1) for x in (logprob, reward)]
+
+
+def theory(ref_rewards: Tensor) -> dict[str, dict[str, np.ndarray]]:
+    """Curves in both planes, from reference rewards (P, M) alone: the highest win rate at a KL
+    (tilt), best-of-N for every N, the optima of KL-RL for every β, which have the highest reward at
+    a KL. Each ends where fewer than 16 effective samples are left."""
+    cdf = vbon.empirical_cdf(ref_rewards, ref_rewards)
+    strength = [0, *np.geomspace(1e-3, 100, 40)]
+    curves = {"tilt": [vbon.tilt(t * cdf, ref_rewards) for t in strength],
+              "kl-rl": [vbon.tilt(t * ref_rewards, ref_rewards) for t in strength],
+              "bon": [vbon.optimum(Target("bon", n), ref_rewards)
+                      for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)]}
+    return {name: {key: np.array([point[key] for point in curve if point["ess"] >= 16])
+                   for key in ("kl_ref", "win_rate", "reward")} for name, curve in curves.items()}
+
+
+def show_answers(w: World, policies: dict[Target, dict], prompt: Tensor) -> str:
     """The prompts (P, T0), each with an answer by the reference, best-of-n and the policies,
     unedited, behind its reward."""
     length = min(w.s["length"], w.reference.config["block_size"] - prompt.shape[1])
-    eot, g = w.eot, generator(w.device, w.seed, "show", n)
     answers = {}
-    for name, model, k in [("reference", w.reference, 1), (f"best of {n}", w.reference, n)] + [
-            (METHODS[method], load_gpt(saved, w.device), 1) for method, saved in policies.items()]:
-        response, _ = vbon.sample(model, prompt, k, length, eot, g)
+    for target, saved in policies.items():
+        model = load_gpt(saved, w.device) if saved else w.reference
+        g, k = generator(w.device, w.seed, "show", target.n), 1
+        if target.method in ("bon", "soft-bon"):
+            k = target.n
+        response, _ = vbon.sample(model, prompt, k, length, g)
         reward = w.reward_fn(prompt, response)
-        best = vbon.best_of_n(reward.cpu(), generator("cpu", w.seed, "ties", n)).to(w.device)
+        best = vbon.best_of_n(reward.cpu(), generator("cpu", w.seed, "show", *target),
+                              target.beta).to(w.device)
         rows = torch.arange(len(prompt), device=w.device)
-        answers[name] = response[rows, best], reward[rows, best]
+        answers[target] = response[rows, best], reward[rows, best]
     lines = []
     for i, ids in enumerate(prompt.tolist()):
         lines.append(f"{w.encoding.decode(ids)} ...")
-        for name, (response, reward) in answers.items():
-            words = [t for t in response[i].tolist() if t != eot]
-            lines.append(f"  {name:<11}{reward[i].item():+6.2f}  ...{w.encoding.decode(words)}")
+        for target, (response, reward) in answers.items():
+            words = [x for x in response[i].tolist() if x != w.reference.eot]
+            lines.append(f"  {title(target.method, target.n):<14}{reward[i].item():+6.2f}  "
+                         f"...{w.encoding.decode(words)}")
     return "\n".join(lines) + "\n"
 
 # -------------------------------------------------------------------------------------- the results
 
-def print_table(rows: list[dict], m_eval: int) -> None:
-    """The rows with their standard errors and, under each N, what theory says."""
-    print(f"\n{'':14}{'reward':>7}{'win rate':>13}{'KL to ref':>14}{'KL to BoN':>14}"
-          f"{'pos.':>6}{'draws':>6}")
-    for n in dict.fromkeys(row["n"] for row in rows):
-        names = dict(ref="reference", bon=f"best of {n}", **METHODS)
-        for row in (row for row in rows if row["n"] == n):
-            cells = " ".join(f"{row[k]:7.3f} ±{row[k + '_se']:.3f}"[-13:].rjust(13)
-                             for k in ("win_rate", "kl_ref", "kl_bon"))
-            print(f"{names[row['method']]:14}{row['reward']:7.2f}{cells}"
-                  f"{row['positive']:6.2f}{row['samples_per_answer']:6}")
-        kl, win = vbon.bon_theory(n)
-        print(f"{f'theory, N = {n}':21}{win:6.3f}{kl:14.3f}{0:14.3f}")
-    print(f"± standard error; KLs in nats; a perfect policy's KL to BoN reads "
-          f"{-0.5 / m_eval:.3f}")
-
-
 def read_results(path: Path) -> list[dict]:
     """The rows of results.jsonl; ValueError if the file holds anything else."""
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
         try:
             rows.append(dict(json.loads(line)))
         except (ValueError, TypeError):
@@ -380,46 +456,123 @@ def read_results(path: Path) -> list[dict]:
     return rows
 
 
-def add_results(path: Path, rows: list[dict]) -> None:
+def add_results(path: Path, rows: list[dict], made_by: dict) -> None:
     """Append rows to results.jsonl; one with the same settings as an older row takes its place."""
-    measured = ("reward", "win_rate", "kl_ref", "kl_bon", "positive", "seconds")
-    kept = {}
-    for row in (read_results(path) if path.exists() else []) + rows:
-        made_by = {k: v for k, v in row.items() if k.removesuffix("_se") not in measured}
-        kept[json.dumps(made_by, sort_keys=True)] = row
+    names = ("method", "n", "beta", "seed", *made_by)
+    kept = {json.dumps([row.get(name) for name in names]): row
+            for row in read_results(path) + [row | made_by for row in rows]}
     write(path, "".join(json.dumps(row) + "\n" for row in kept.values()).encode())
 
 
-def plot(path: Path, rows: list[dict]) -> None:
-    """Win rate against KL to the reference: theory as lines, measurements as points."""
+def over_seeds(rows: list[dict]) -> dict[tuple, list[dict]]:
+    """Rows that differ in nothing but the seed: (n, method, β or None if it was found) -> rows."""
+    groups = {}
+    for row in rows:
+        beta = None if row["beta_found"] else row["beta"]
+        groups.setdefault((row["n"], row["method"], beta), []).append(row)
+    return groups
+
+
+def mean(rows: list[dict], name: str) -> tuple[float, float]:
+    """Mean over seeds and its spread: standard deviation, or for one seed the standard error."""
+    values = [row[name] for row in rows]
+    return np.mean(values), (np.std(values, ddof=1) if len(values) > 1
+                             else rows[0].get(name + "_se", 0.0))
+
+
+def print_table(rows: list[dict], m_eval: int) -> None:
+    """Means over seeds and, under each N, what theory says."""
+    print(f"\n{'':14}{'reward':>7}{'win rate':>13}{'KL to ref':>14}{'KL to BoN':>14}"
+          f"{'pos.':>6}{'draws':>6}")
+    groups = over_seeds(rows)
+    for n in dict.fromkeys(row["n"] for row in rows):
+        for (_, method, beta), group in ((k, v) for k, v in groups.items() if k[0] == n):
+            cells = " ".join("{:7.3f} ±{:.3f}".format(*mean(group, name))[-13:].rjust(13)
+                             for name in ("win_rate", "kl_ref", "kl_bon"))
+            print(f"{title(method, n):14}{mean(group, 'reward')[0]:7.2f}{cells}"
+                  f"{mean(group, 'positive')[0]:6.2f}{group[0]['samples_per_answer']:6}"
+                  + (f" β={mean(group, 'beta')[0]:.2g}" if group[0]["beta"] else ""))
+        kl, win = vbon.bon_theory(n)
+        print(f"{f'theory, N = {n}':21}{win:6.3f}{kl:14.3f}{0:14.3f}")
+    seeds = len({row["seed"] for row in rows})
+    print(f"± {f'deviation over {seeds} seeds' if seeds > 1 else 'standard error'}; KLs in nats; "
+          f"a perfect policy's KL to BoN reads {-0.5 / m_eval:.3f}")
+
+
+def print_comparison(rows: list[dict]) -> None:
+    """How far trained policies are from their own optimum and from the frontier of each plane."""
+    print(f"\n{'':17}{'own optimum':>14}{'win rate below the':>22}{'reward below the':>20}"
+          f"\n{'':17}{'win':>7}{'KL':>7}{'highest: by aim, by training, each at its KL':>46}")
+    for (n, method, beta), group in over_seeds(rows).items():
+        cells = ""
+        for plane in ("win_rate", "reward"):
+            aim, both = (mean(group, f"{by}gap_{plane}")[0] for by in ("aim_", ""))
+            cells += f"{aim:13.3f}{both - aim:7.3f}"
+        print(f"{NAMES[method]:11} N={n:<4}{mean(group, 'aim_win_rate')[0]:7.3f}"
+              f"{mean(group, 'aim_kl_ref')[0]:7.3f}{cells}")
+    print(f"\n{'on the Pareto frontier of its seed':36}{'win rate':>18}{'reward':>18}")
+    shares = {plane: frontier_shares(rows, plane) for plane in ("win_rate", "reward")}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = "".join("{:9.0%} [{:.0%}, {:.0%}]".format(*shares[plane][method]).rjust(18)
+                        for plane in shares)
+        points = sum(row["method"] == method for row in rows)
+        print(f"{NAMES[method]:14}{points:4} points{'':11}{cells}")
+
+
+def frontier_shares(rows: list[dict], plane: str) -> dict[str, tuple[float, float, float]]:
+    """Per method, the share of its points that no other policy of the same seed beats in KL and
+    `plane` both, and a 95 % bootstrap interval of it, over points within a seed."""
+    rng, shares = random.Random(0), {}
+    seeds = [[row for row in rows if row["seed"] == seed] for seed in {r["seed"] for r in rows}]
+    for repeat in range(501):
+        counts = {}
+        for points in seeds:
+            chosen = rng.choices(points, k=len(points)) if repeat else points
+            for a in chosen:
+                beaten = any(b["kl_ref"] <= a["kl_ref"] and b[plane] > a[plane] for b in chosen)
+                counts.setdefault(a["method"], []).append(not beaten)
+        for method, on in counts.items():
+            shares.setdefault(method, []).append(np.mean(on))
+    return {method: (x[0], *np.quantile(x, [0.025, 0.975])) for method, x in shares.items()}
+
+
+STYLES = {"ref": ("s", "black"), "bon": ("o", "tab:blue"), "soft-bon": ("o", "tab:green"),
+          "vbon": ("D", "tab:red"), "bound": ("^", "tab:orange"), "kl-rl": ("v", "tab:green"),
+          "bon-sft": ("P", "tab:purple"), "bond": ("X", "tab:brown")}
+
+
+def plot(path: Path, rows: list[dict], ref_rewards: Tensor) -> None:
+    """Win rate and reward against KL to the reference: theory as lines, measurements as points."""
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(7, 4.4), layout="constrained")
-    reach = 1.2 * max(row["kl_ref"] for row in rows) + 0.1
-    kl, win = vbon.optimal_frontier(torch.logspace(-3, 2.5, 500, dtype=torch.float64))
-    ax.plot(kl[kl < reach], win[kl < reach], "k:", lw=1.3, label="highest possible at this KL")
-    n = torch.logspace(0, 5, 500, dtype=torch.float64)
-    kl, win = n.log() - (n - 1) / n, n / (n + 1)
-    ax.plot(kl[kl < reach], win[kl < reach], color="0.6", lw=1.3, label="best-of-N in theory")
-    styles = dict(ref=("s", "black", "reference"),
-                  bon=("o", "tab:blue", "best-of-N, N samples an answer"),
-                  vbon=("D", "tab:red", "vBoN, one sample an answer"),
-                  bound=("^", "tab:orange", "vBoN bound, one sample an answer"))
-    for method, (marker, color, label) in styles.items():
-        points = [row for row in rows if row["method"] == method]
-        if points:
-            x, y, dx, dy = ([row[k] for row in points]
-                            for k in ("kl_ref", "win_rate", "kl_ref_se", "win_rate_se"))
-            ax.errorbar(x, y, [2 * e for e in dy], [2 * e for e in dx], fmt=marker, color=color,
-                        ms=6, mfc="none", capsize=2, lw=1, label=label)
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    reach = 1.15 * max(row["kl_ref"] for row in rows) + 0.1
+    lines = {"tilt": ("k:", "optimum of the win rate: exp(t·F)"),
+             "kl-rl": ("g--", "optimum of KL-RL: exp(r/β)"), "bon": ("b-", "best-of-N in theory")}
+    base = {row["seed"]: row["reward"] for row in rows if row["method"] == "ref"}
+    groups = over_seeds([row | dict(reward=row["reward"] - base[row["seed"]]) for row in rows])
+    for ax, plane in zip(axes, ("win_rate", "reward")):
+        for name, curve in theory(ref_rewards).items():
+            near = curve["kl_ref"] < reach
+            y = curve[plane] - (plane == "reward") * ref_rewards.mean().item()
+            ax.plot(curve["kl_ref"][near], y[near], lines[name][0], lw=1, label=lines[name][1])
+        for method, (marker, color) in STYLES.items():
+            points = [group for key, group in groups.items() if key[1] == method]
+            if points:
+                (x, dx), (y, dy) = (zip(*[mean(group, name) for group in points])
+                                    for name in ("kl_ref", plane))
+                ax.errorbar(x, y, dy, dx, fmt=marker, color=color, ms=6, mfc="none", capsize=2,
+                            lw=1, label=NAMES[method] + (", N draws" if "-of-" in NAMES[method]
+                                                         else ""))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set(xlabel="KL(policy ‖ reference), nats per response")
+    axes[0].set(ylabel="win rate over the reference", title="what best-of-N aims for")
+    axes[1].set(ylabel="reward, above the reference's", title="what KL-RL aims for")
     for n in dict.fromkeys(row["n"] for row in rows):
-        ax.annotate(f"N = {n}", vbon.bon_theory(n), (-14, 10), textcoords="offset points",
-                    ha="right", fontsize=9)
-    ax.set(xlabel="KL(policy ‖ reference), nats per response", ylabel="win rate over the reference",
-           title="Held-out prompts, ±2 standard errors")
-    ax.legend(loc="lower right", frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
+        axes[0].annotate(f"N = {n}", vbon.bon_theory(n), (-14, 10), textcoords="offset points",
+                         ha="right", fontsize=9)
+    axes[1].legend(loc="lower right", frameon=False, fontsize=8)
     picture = io.BytesIO()
     fig.savefig(picture, format="png", dpi=150)
     plt.close(fig)
@@ -427,39 +580,54 @@ def plot(path: Path, rows: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The five stages, straight down."""
+    """The five stages for each seed, straight down, then what was found."""
     args, began = parse(argv), time.time()
     s, out = settings(args), Path(args.out)
-    device, reviews = prepare(args, s)
-    w = stages_1_to_3(args, s, device, reviews)
+    device, reviews = prepare(args)
+    made_by = dict(device=device.type, data=digest(reviews) if args.data else "built-in", **s)
+    methods = [m for m in NAMES if m in {"ref", "bon", *args.method}
+               or m == "soft-bon" and "kl-rl" in args.method]
+    rows, text, held_rewards = [], "", []
+    for seed in dict.fromkeys(args.seed):
+        w = stages_1_to_3(args, s, seed, device, reviews)
+        room = w.reference.config["block_size"]
+        if args.sample and len(w.encoding.encode_ordinary(args.sample)) >= room:
+            usage_error(f"--sample: want fewer than {room} tokens")
 
-    room = w.reference.config["block_size"]
-    if args.sample and len(w.encoding.encode_ordinary(args.sample)) >= room:
-        usage_error(f"--sample: want fewer than {room} tokens")
+        print("4 fine-tuning: policies that do the work of best-of-N", flush=True)
+        policies = {}
+        for n in dict.fromkeys(args.n):
+            for target in targets(w, methods, n, args.beta):
+                aim = target._replace(n=1) if target.method == "kl-rl" else target
+                name = f"{label(aim).replace(' ', '-')}-seed{seed}-{digest(w.key, upto(s, 'lr'))}"
+                policies.setdefault(n, {})[target] = None if target.method in DECODED else cached(
+                    out / "policies" / f"{name}.pt", lambda: build_policy(w, aim))
 
-    print("4 vBoN: policies that do the work of best-of-N", flush=True)
-    policies = {n: {} for n in args.n}
-    for n in policies:
-        for method in dict.fromkeys(args.method):
-            key = digest(w.key, upto(s, "lr"), method, n)
-            policies[n][method] = cached(out / "policies" / f"{method}-n{n}-seed{w.seed}-{key}.pt",
-                                         lambda: build_policy(w, method, n))
+        if args.sample is not None:
+            prompt = torch.tensor([w.encoding.encode_ordinary(args.sample)] * 3, device=device)
+            for n in policies:
+                print("\n" + show_answers(w, policies[n], prompt), end="")
+            continue
 
-    if args.sample is not None:
-        prompt = torch.tensor([w.encoding.encode_ordinary(args.sample)] * 3, device=device)
-        for n in policies:
-            print("\n" + show_answers(w, n, policies[n], prompt), end="")
+        print("5 evaluation on held-out prompts", flush=True)
+        curves = theory(w.held_rewards)
+        new = [row | dict(seed=seed, beta_found=args.beta is None and row["beta"] is not None)
+               for n in policies for row in evaluate(w, policies[n], curves)]
+        add_results(out / "results.jsonl", new, made_by)
+        rows += new
+        held_rewards.append(w.held_rewards)
+        text += "\n".join(f"N = {n}, seed {seed}\n\n" + show_answers(w, policies[n], w.held[:8])
+                          for n in policies)
+        write(out / "samples.txt", text.encode())
+    if not rows:
         return
-
-    print("5 evaluation on held-out prompts", flush=True)
-    made_by = dict(seed=w.seed, beta=None, device=device.type,
-                   data=digest(reviews) if args.data else "built-in", **s)
-    rows = [row | made_by for n in policies for row in evaluate(w, n, policies[n])]
-    add_results(out / "results.jsonl", rows)
-    plot(out / "pareto.png", rows)
-    text = "\n".join(f"N = {n}\n\n" + show_answers(w, n, policies[n], w.held[:8]) for n in policies)
-    write(out / "samples.txt", text.encode())
     print_table(rows, s["m_eval"])
+    rows = [row for row in read_results(out / "results.jsonl")
+            if all(row.get(name) == value for name, value in made_by.items())]
+    trained = [row for row in rows if row["method"] not in DECODED]
+    if len({row["method"] for row in trained}) > 1:
+        print_comparison(trained)
+    plot(out / "pareto.png", rows, torch.cat(held_rewards))
     print(f"{time.time() - began:.0f} s in all; see {out}/: pareto.png, samples.txt, results.jsonl")
 
 
