@@ -412,8 +412,7 @@ def theory(ref_rewards: Tensor) -> dict[str, dict[str, np.ndarray]]:
     strength = [0, *np.geomspace(1e-3, 100, 40)]
     curves = {"tilt": [vbon.tilt(t * cdf, ref_rewards) for t in strength],
               "kl-rl": [vbon.tilt(t * ref_rewards, ref_rewards) for t in strength],
-              "bon": [vbon.optimum(Target("bon", n), ref_rewards)
-                      for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)]}
+              "bon": [vbon.tilt((n - 1) * cdf.log(), ref_rewards) for n in np.geomspace(1, 64, 24)]}
     return {name: {key: np.array([point[key] for point in curve if point["ess"] >= 16])
                    for key in ("kl_ref", "win_rate", "reward")} for name, curve in curves.items()}
 
@@ -536,7 +535,7 @@ def frontier_shares(rows: list[dict], plane: str) -> dict[str, tuple[float, floa
     return {method: (x[0], *np.quantile(x, [0.025, 0.975])) for method, x in shares.items()}
 
 
-STYLES = {"ref": ("s", "black"), "bon": ("o", "tab:blue"), "soft-bon": ("o", "tab:green"),
+STYLES = {"ref": ("s", "black"), "bon": ("o", "tab:blue"), "soft-bon": ("o", "tab:cyan"),
           "vbon": ("D", "tab:red"), "bound": ("^", "tab:orange"), "kl-rl": ("v", "tab:green"),
           "bon-sft": ("P", "tab:purple"), "bond": ("X", "tab:brown")}
 
