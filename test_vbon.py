@@ -595,6 +595,10 @@ def test_quick_run_its_cache_and_its_results(tmp_path):
     given = [row["beta"] for row in results(tmp_path / "out")[-4:]]
     assert given == [0.5, 2, 0.5, 2]
 
+    code, text, error = train("--quick", "--n", 2, "--study", cwd=tmp_path)
+    assert code == 0 and error == "" and (tmp_path / "out/m-n2.png").exists()
+    assert "probability" in text and "RMSE" in text
+
     code, text, _ = train("--quick", "--n", 2, "--sample", "i watched this", cwd=tmp_path)
     assert code == 0 and text.count("i watched this ...") == 3 and "best of 2" in text
     code, _, error = train("--quick", "--n", 2, "--sample", "words " * 99, cwd=tmp_path)

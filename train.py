@@ -81,6 +81,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                        help="updates of a policy: more land closer to π_bon (doubled for N > 8)")
     group.add_argument("--m", type=positive_int,
                        help="reference samples per training prompt: more make a better F")
+    group.add_argument("--study", action="store_true", help="train nothing; print what the scale "
+                       "of the reward, the bound and M do, and draw m-n*.png")
     group = parser.add_argument_group("the text")
     group.add_argument("--data", metavar="DIR", help="pos.txt and neg.txt, one review a line, or "
                        "pos/*.txt and neg/*.txt, one review a file (default: built-in reviews)")
@@ -572,9 +574,88 @@ def plot(path: Path, rows: list[dict], ref_rewards: Tensor) -> None:
         axes[0].annotate(f"N = {n}", vbon.bon_theory(n), (-14, 10), textcoords="offset points",
                          ha="right", fontsize=9)
     axes[1].legend(loc="lower right", frameon=False, fontsize=8)
+    save(fig, path)
+
+
+def study_rewards(w: World, n: int) -> None:
+    """Increasing transforms of the reward leave vBoN's target as it is, and nothing else."""
+    drawn = held_out(w, 1)
+    logprob, reward, ref = (x.double() for x in (drawn["logprob"], drawn["reward"], w.held_rewards))
+    top = ref.quantile(0.97).item()
+    transforms = {"the logit r": lambda r: r, "its probability σ(r)": torch.sigmoid,
+                  "r³": lambda r: r ** 3, "the top 3 % raised by 20": lambda r: r + 20 * (r > top)}
+    vbon_target, = targets(w, ["vbon"], n, None)
+    rl_target, = targets(w, ["kl-rl"], n, None)
+    print(f"\n{'largest change of a log target':30}{'vBoN':>8}{'KL-RL':>8}"
+          f"{f'optimum at β={rl_target.beta:g}: win':>26}{'KL':>7}")
+    for name, f in transforms.items():
+        less, equal, _ = vbon._ranks(reward, ref)
+        if not all(map(torch.equal, vbon._ranks(f(reward), f(ref))[:2], (less, equal))):
+            raise ArithmeticError(f"{name}: the ranks have changed")
+        changes = []
+        for target in (vbon_target, rl_target):
+            new, old = (vbon.log_target(target, logprob, g(reward), g(ref))
+                        for g in (f, transforms["the logit r"]))
+            change = new - old
+            changes.append((change - change.mean(1, keepdim=True)).abs().max().item())
+        best = vbon.optimum(rl_target, f(ref))
+        print(f"  {name:28}{changes[0]:8.3g}{changes[1]:8.3g}{best['win_rate']:26.3f}"
+              f"{best['kl_ref']:7.3f}")
+
+
+def study_bound(w: World, n: int) -> None:
+    """How far (2) lies above its bound (3), by how probable a response is under π_ref."""
+    logprob, reward = (w.train[name].double() for name in ("logprob", "reward"))
+    log_cdf = vbon.empirical_cdf(reward, reward).log()
+    gap = vbon.bon_logprob(logprob, log_cdf, n) - vbon.bon_logprob_bound(logprob, log_cdf, n)
+    print(f"\nlog π_ref(y), nats   responses   exact (2) - bound (3) at N = {n}: mean, largest")
+    edges = [0, -8, -12, -16, -20, -24, -math.inf]
+    for high, low in zip(edges, edges[1:]):
+        chosen = gap[(logprob <= high) & (logprob > low)]
+        if len(chosen):
+            print(f"  {low:6} to {high:4}{len(chosen):15}{chosen.mean().item():22.2g}"
+                  f"{chosen.max().item():12.2g}")
+
+
+def study_m(n: int, rows: list[dict], path: Path) -> None:
+    """What M does: the error of log F̂, the same for any continuous reward, beside the DKW bound of
+    F̂; and policies trained with it, as far as results.jsonl has them for this N."""
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    u, trained = torch.rand(4000, 32, generator=generator("cpu", "uniform")).double(), {}
+    ms = sorted({16, 32, 64, 128, 256, 512} | {row["m"] for row in rows})
+    error, dkw = [], [math.sqrt(math.log(2 / 0.05) / (2 * m)) for m in ms]
+    print(f"\n{'M':>5}{'RMSE of log F̂':>16}{'DKW, 95 %: ±':>14}{f'vBoN, N = {n}: win rate':>26}"
+          f"{'KL to BoN':>16}")
+    for m, bound in zip(ms, dkw):
+        ref = torch.rand(4000, m, generator=generator("cpu", "uniform", m)).double()
+        error.append((vbon.empirical_cdf(u, ref).log() - u.log()).square().mean().sqrt().item())
+        group = [row for row in rows if row["m"] == m]
+        if group:
+            trained[m] = mean(group, "kl_bon")
+        cells = "".join("{:11.3f} ±{:.3f}".format(*mean(group, name)).rjust(20)
+                        for name in ("win_rate", "kl_bon") if group)
+        print(f"{m:5}{error[-1]:16.3f}{bound:14.3f}{cells}")
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    axes[0].loglog(ms, error, "o-", label="root mean square error of log F̂")
+    axes[0].loglog(ms, dkw, "k:", label="95 % bound of sup |F̂ - F| (DKW)")
+    axes[0].legend(frameon=False, fontsize=8)
+    if trained:
+        axes[1].errorbar(list(trained), *zip(*trained.values()), fmt="D-", color="tab:red",
+                         capsize=2)
+    axes[1].set(xscale="log", ylabel=f"KL to BoN after training, N = {n}", ylim=(0, None))
+    for ax in axes:
+        ax.set(xlabel="M, reference samples a prompt")
+        ax.set_xticks(ms, ms)
+        ax.minorticks_off()
+    save(fig, path)
+
+
+def save(fig, path: Path) -> None:
+    """A figure as a PNG, whole or not at all."""
     picture = io.BytesIO()
     fig.savefig(picture, format="png", dpi=150)
-    plt.close(fig)
     write(path, picture.getvalue())
 
 
@@ -592,6 +673,16 @@ def main(argv: list[str] | None = None) -> None:
         room = w.reference.config["block_size"]
         if args.sample and len(w.encoding.encode_ordinary(args.sample)) >= room:
             usage_error(f"--sample: want fewer than {room} tokens")
+
+        if args.study:
+            for n in dict.fromkeys(args.n):
+                study_rewards(w, n)
+                study_bound(w, n)
+                study_m(n, [row for row in read_results(out / "results.jsonl")
+                            if (row["method"], row["n"]) == ("vbon", n) and all(
+                                row.get(k) == v for k, v in made_by.items() if k != "m")],
+                        out / f"m-n{n}.png")
+            continue
 
         print("4 fine-tuning: policies that do the work of best-of-N", flush=True)
         policies = {}
