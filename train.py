@@ -78,7 +78,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                        help="the β of kl-rl and soft-bon: smaller goes further from π_ref "
                        "(default: for each N the one that takes kl-rl as far as best-of-N)")
     group.add_argument("--steps", type=positive_int,
-                       help="updates of a policy: more land closer to π_bon (doubled for N > 8)")
+                       help="updates of a policy: more land closer to π_bon (tripled for N > 8)")
     group.add_argument("--m", type=positive_int,
                        help="reference samples per training prompt: more make a better F")
     group.add_argument("--study", action="store_true", help="train nothing; print what the scale "
@@ -348,7 +348,7 @@ def label(target: Target) -> str:
 def build_policy(w: World, target: Target) -> dict:
     """Stage 4: the reference, fine-tuned towards a target."""
     s, start, watch = w.s, time.time(), {}
-    steps = s["steps"] * (2 if target.n > 8 else 1)        # far from π_ref, what is poor is rare
+    steps = s["steps"] * (3 if target.n > 8 else 1)        # far from π_ref, what is poor is rare
     policy = load_gpt(dict(config=w.reference.config, weights=w.reference.state_dict()), w.device)
     optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), fused=True)
     responses = generator(w.device, w.seed, "train", *target)
