@@ -18,7 +18,7 @@ import torch
 import vbon
 from model import GPT, PATTERN, encode, lm_loss, train_lm, train_tokenizer
 from reward import Classifier, builtin_reviews, load_reviews, train_classifier
-from train import decode, frontier_shares, theory
+from train import World, decode, frontier_shares, targets, theory
 from vbon import Target
 
 HERE = Path(__file__).parent
@@ -454,6 +454,15 @@ def test_decode_by_hand():
     assert decode(Target("ref", 2), reward - 9, reward, g)[1].tolist() == [[1, 3]]
     logprob, best = decode(Target("bon", 2), reward - 9, reward, g)
     assert best.tolist() == [[4, 3]] and torch.equal(logprob, best - 9)
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_without_beta_kl_rl_goes_as_far_as_best_of_n(n):
+    rewards = 2 * torch.randn(8, 2000, generator=torch.Generator().manual_seed(0))
+    w = World(*[None] * 10, train=dict(reward=rewards))
+    target, = targets(w, ["kl-rl"], n, None)
+    assert vbon.optimum(target, rewards)["kl_ref"] == pytest.approx(vbon.bon_theory(n)[0], rel=0.06)
+    assert [x.beta for x in targets(w, ["bond", "soft-bon"], n, [3.0, 1.0])] == [None, 3.0, 1.0]
 
 
 def test_frontier_shares_by_hand():
