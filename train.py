@@ -641,6 +641,7 @@ def study_m(n: int, rows: list[dict], path: Path) -> None:
     axes[0].loglog(ms, error, "o-", label="root mean square error of log F̂")
     axes[0].loglog(ms, dkw, "k:", label="95 % bound of sup |F̂ - F| (DKW)")
     axes[0].legend(frameon=False, fontsize=8)
+    axes[0].set_yticks([0.1, 0.2, 0.4], [0.1, 0.2, 0.4])
     if trained:
         axes[1].errorbar(list(trained), *zip(*trained.values()), fmt="D-", color="tab:red",
                          capsize=2)
