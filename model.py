@@ -1,67 +1,30 @@
-"""model.py: a byte-pair tokenizer and a GPT-2, small enough to read in one sitting.
+"""model.py: a GPT-2, small enough to read in one sitting, with room for OpenAI's weights.
 
 The network is GPT-2's (Radford et al. 2019): pre-norm blocks, learned positions, GELU, and an
-output head tied to the token embedding. Parameters carry GPT-2's own names.
+output head tied to the token embedding. Parameters carry GPT-2's own names, so that its published
+weights load by name.
 
 What was left out, and why that is safe: dropout (the models here are small, train for minutes and
 see each text a few times) and any top-k or temperature (a policy must be sampled from exactly the
 distribution that its log-probabilities describe).
 """
+import json
 import math
-import re
-from collections import Counter
 from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
 
-import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vbon import response_mask
 
-END = "<|endoftext|>"
-
-# ---------------------------------------------------------------------------------------- tokenizer
-
-# Words with their leading space, numbers, punctuation, white space. The classes complement each
-# other, so that every string is covered and comes back from its tokens unchanged.
-PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
-    """Learn byte-pair merges (Sennrich et al. 2016, arXiv 1508.07909) and return an encoder.
-
-    Ids 0..255 are the bytes, then come the merges in the order learned, and the last id is the
-    end-of-text token. Fewer than `vocab_size` ids come back when the text runs out of pairs.
-    """
-    counts = Counter(word for text in texts for word in re.findall(PATTERN, text))
-    words = [([bytes([b]) for b in word.encode()], count) for word, count in counts.items()]
-    ranks = {bytes([b]): b for b in range(256)}
-    while len(ranks) < vocab_size - 1:
-        pairs = Counter()
-        for parts, count in words:
-            for pair in zip(parts, parts[1:]):
-                pairs[pair] += count
-        if not pairs:
-            break
-        left, right = max(pairs, key=pairs.get)
-        ranks[left + right] = len(ranks)
-        for parts, _ in words:
-            i = 0
-            while i < len(parts) - 1:
-                if parts[i] == left and parts[i + 1] == right:
-                    parts[i:i + 2] = [left + right]
-                i += 1
-        words = [word for word in words if len(word[0]) > 1]
-    return make_encoding(ranks)
-
-
-def make_encoding(ranks: dict[bytes, int]) -> tiktoken.Encoding:
-    """An encoder from its merges: token bytes to id, lower ids merged first."""
-    return tiktoken.Encoding("vbon", pat_str=PATTERN, mergeable_ranks=ranks,
-                             special_tokens={END: len(ranks)})
-
 # -------------------------------------------------------------------------------------------- GPT-2
+
+ACTIVATION = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"), "relu": F.relu,
+              "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu}
+
 
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
@@ -89,23 +52,23 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two layers, four times as wide inside."""
 
-    def __init__(self, n_embd: int, gelu: str):
+    def __init__(self, n_embd: int, activation: str):
         super().__init__()
-        self.gelu = gelu
+        self.activation = ACTIVATION[activation]
         self.c_fc = nn.Linear(n_embd, 4 * n_embd)
         self.c_proj = nn.Linear(4 * n_embd, n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
+        return self.c_proj(self.activation(self.c_fc(x)))
 
 
 class Block(nn.Module):
     """Attention, then the MLP, each added to what flows past it."""
 
-    def __init__(self, n_embd: int, n_head: int, gelu: str):
+    def __init__(self, n_embd: int, n_head: int, activation: str):
         super().__init__()
         self.ln_1, self.attn = nn.LayerNorm(n_embd), Attention(n_embd, n_head)
-        self.ln_2, self.mlp = nn.LayerNorm(n_embd), MLP(n_embd, gelu)
+        self.ln_2, self.mlp = nn.LayerNorm(n_embd), MLP(n_embd, activation)
 
     def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache, start)
@@ -115,21 +78,22 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2: `GPT(...)(tokens)` maps ids (B, T) to logits (B, T, V), T at most `block_size`.
 
-    `gelu` is "none" for the exact function (faster on a CPU) or "tanh" for GPT-2's approximation.
+    `activation` is "gelu", exact and faster on a CPU, or "gelu_new", OpenAI's approximation of it.
     The last id is the end-of-text token, as in GPT-2's vocabulary.
     """
 
     def __init__(self, vocab_size: int, block_size: int, n_layer: int = 2, n_head: int = 4,
-                 n_embd: int = 64, gelu: str = "none", generator: torch.Generator | None = None):
+                 n_embd: int = 64, activation: str = "gelu",
+                 generator: torch.Generator | None = None):
         super().__init__()
         if n_embd % n_head:
             raise ValueError(f"n_embd = {n_embd} is not a multiple of n_head = {n_head}")
         self.config = dict(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer,
-                           n_head=n_head, n_embd=n_embd, gelu=gelu)
+                           n_head=n_head, n_embd=n_embd, activation=activation)
         self.eot = vocab_size - 1
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(block_size, n_embd)
-        self.h = nn.ModuleList(Block(n_embd, n_head, gelu) for _ in range(n_layer))
+        self.h = nn.ModuleList(Block(n_embd, n_head, activation) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(n_embd)
         for name, p in self.named_parameters():    # GPT-2's initialisation
             if name.endswith("bias"):
@@ -190,14 +154,78 @@ class GPT(nn.Module):
                 cache = [c[:, alive] for c in cache]
         return out, logprob
 
+    @classmethod
+    def from_pretrained(cls, source: str) -> "GPT":
+        """OpenAI's GPT-2: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl", downloaded, or a Hugging
+        Face folder. Tensors go by name: none may be missing, left over, or of another shape. No
+        pickled code is run. Raises ValueError, in one line, for anything but a sound GPT-2."""
+        try:
+            config, given = read_pretrained(pretrained_folder(source))
+            with torch.device("meta"):                                           # no memory yet
+                model = cls(**config)
+            want, got = model.state_dict(), {}
+            for name, x in given.items():
+                name = name.removeprefix("transformer.")
+                if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+                    x = x.T                                                # kept as (in, out)
+                if not name.endswith((".attn.bias", ".attn.masked_bias")):       # causal masks
+                    got[name] = x.float().contiguous()
+            head = got.pop("lm_head.weight", got.get("wte.weight"))
+            for name in sorted(want.keys() | got.keys()):
+                shapes = [[*x[name].shape] if name in x else "none" for x in (want, got)]
+                if shapes[0] != shapes[1]:
+                    raise ValueError(f"{name}: want {shapes[0]}, got {shapes[1]}")
+            if not torch.equal(head, got["wte.weight"]):
+                raise ValueError("lm_head.weight: want the same as wte.weight")
+        except Exception as error:                                # a stranger's files: anything
+            reason = str(error).partition("\n")[0].partition(". ")[0]
+            raise ValueError(f"{source}: no usable GPT-2: {type(error).__name__}: {reason}") from None
+        model.load_state_dict(got, assign=True)
+        return model
+
+# ------------------------------------------------------------------------------- GPT-2's own files
+
+PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+FIXED = dict(layer_norm_epsilon=1e-5, tie_word_embeddings=True, scale_attn_weights=True,
+             scale_attn_by_inverse_layer_idx=False)                  # the same in every GPT-2
+DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
+              BOOL=torch.bool, U8=torch.uint8)
+
+
+def pretrained_folder(source: str) -> Path:
+    """The folder of GPT-2's files: one of yours, or where a name was downloaded to."""
+    if source not in PRETRAINED:
+        return Path(source)
+    folder = Path(torch.hub.get_dir(), "vbon", source)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("config.json", "model.safetensors"):
+        url = f"https://huggingface.co/openai-community/{source}/resolve/main/{file}"
+        if not (folder / file).exists():
+            torch.hub.download_url_to_file(url, str(folder / file))
+    return folder
+
+
+def read_pretrained(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The configuration of a GPT and the tensors in model.safetensors or pytorch_model.bin."""
+    c = json.loads((folder / "config.json").read_text())
+    odd = [name for name, value in FIXED.items() if c.get(name, value) != value]
+    if odd:
+        raise ValueError(f"config.json: {odd} not as in GPT-2")
+    config = {name: c[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    config |= dict(block_size=c["n_positions"], activation=c.get("activation_function", "gelu_new"))
+    path = folder / "model.safetensors"
+    if not path.exists():
+        return config, torch.load(folder / "pytorch_model.bin", "cpu", weights_only=True)
+    content = bytearray(path.read_bytes())      # 8 bytes: length of a JSON header of what is where
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    return config, {
+        name: torch.frombuffer(content, dtype=DTYPES[x["dtype"]], count=math.prod(x["shape"]),
+                               offset=start + x["data_offsets"][0]).view(x["shape"])
+        for name, x in header.items()}
+
 # ------------------------------------------------------------------------------- language modelling
-
-def encode(encoding: tiktoken.Encoding, texts: Iterable[str], length: int) -> Tensor:
-    """Ids (R, length): each text cut to `length` tokens or filled up with end-of-text."""
-    rows = [encoding.encode_ordinary(text)[:length] for text in texts]
-    eot = encoding.eot_token
-    return torch.tensor([row + [eot] * (length - len(row)) for row in rows])
-
 
 def train_lm(model: GPT, tokens: Tensor, steps: int, batch: int, lr: float,
              generator: torch.Generator, progress: Iterable[int]) -> None:

@@ -1,17 +1,23 @@
-"""reward.py: labelled reviews, and a classifier whose logit of "positive" is the reward.
+"""reward.py: labelled reviews, their tokens, and a classifier whose logit of "positive" is the reward.
 
 A reward is anything that maps responses to numbers: a function of prompt (P, T0) and response
 (P, K, L) that returns (P, K). vBoN needs no gradient of it, and sees only how it ranks responses.
 """
 import math
+import os
 import random
+import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+import tiktoken
 import torch
 import torch.nn.functional as F
+from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor, nn
 
+from model import PRETRAINED
 from vbon import response_mask
 
 Review = tuple[str, int]                                    # text, label: 1 positive, 0 negative
@@ -131,29 +137,99 @@ def load_reviews(folder: str) -> list[Review]:
                              f"want at least {MIN_REVIEWS}")
     return list(reviews.items())
 
+# ---------------------------------------------------------------------------------------- tokenizer
+
+END = "<|endoftext|>"
+# Words with their leading space, numbers, punctuation, white space. The classes complement each
+# other, so that every string is covered and comes back from its tokens unchanged.
+PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
+    """Learn byte-pair merges (Sennrich et al. 2016, arXiv 1508.07909) and return an encoder.
+
+    Ids 0..255 are the bytes, then come the merges in the order learned, and the last id is the
+    end-of-text token. Fewer than `vocab_size` ids come back when the text runs out of pairs.
+    """
+    counts = Counter(word for text in texts for word in re.findall(PATTERN, text))
+    words = [([bytes([b]) for b in word.encode()], count) for word, count in counts.items()]
+    ranks = {bytes([b]): b for b in range(256)}
+    while len(ranks) < vocab_size - 1:
+        pairs = Counter()
+        for parts, count in words:
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += count
+        if not pairs:
+            break
+        left, right = max(pairs, key=pairs.get)
+        ranks[left + right] = len(ranks)
+        for parts, _ in words:
+            i = 0
+            while i < len(parts) - 1:
+                if parts[i] == left and parts[i + 1] == right:
+                    parts[i:i + 2] = [left + right]
+                i += 1
+        words = [word for word in words if len(word[0]) > 1]
+    return make_encoding(ranks)
+
+
+def make_encoding(ranks: dict[bytes, int], pattern: str = PATTERN) -> tiktoken.Encoding:
+    """An encoder from its merges: token bytes to id, lower ids merged first."""
+    return tiktoken.Encoding("vbon", pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens={END: len(ranks)})
+
+
+def pretrained_encoding(source: str) -> tiktoken.Encoding:
+    """GPT-2's tokenizer: tiktoken's own, or from merges.txt and vocab.json of a folder."""
+    if source in PRETRAINED:
+        return tiktoken.get_encoding("gpt2")
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""           # else tiktoken may return another folder's files
+    try:
+        files = [str(Path(source, name)) for name in ("merges.txt", "vocab.json")]
+        return make_encoding(tiktoken.load.data_gym_to_mergeable_bpe_ranks(*files), r50k_pat_str)
+    except (OSError, ValueError, KeyError, AssertionError) as error:
+        raise ValueError(f"{source}: no GPT-2 vocabulary in merges.txt and vocab.json: "
+                         f"{type(error).__name__}") from None
+
+
+def encode(encoding: tiktoken.Encoding, texts: Iterable[str], length: int) -> Tensor:
+    """Ids (R, length): each text cut to `length` tokens or filled up with end-of-text."""
+    rows = [encoding.encode_ordinary(text)[:length] for text in texts]
+    eot = encoding.eot_token
+    return torch.tensor([row + [eot] * (length - len(row)) for row in rows])
+
 # ----------------------------------------------------------------------------------- the classifier
 
 class Classifier(nn.Module):
     """Logistic regression on tokens and pairs of neighbours: the logit of "positive".
 
-    Each token and each pair is hashed to one of 2^16 weights; the logit is their sum, over the
-    square root of their number, plus a bias. On short reviews this is fast and hard to beat.
+    Each token and each pair is hashed to one of 2^18 weights; the logit is their sum, over the
+    square root of their number, plus a bias. What occurs fewer than 5 times in training counts for
+    nothing: a policy meets mostly pairs that no review has, whose weights would be pure noise, and
+    no training could find a pattern in such a reward. On short reviews all this is hard to beat.
     """
-    BUCKETS = 2 ** 16
+    BUCKETS, RARE = 2 ** 18, 5
 
     def __init__(self, eot: int):
         super().__init__()
         self.eot = eot
         self.weight = nn.Embedding(self.BUCKETS, 1)
         self.bias = nn.Parameter(torch.zeros(1))
+        self.register_buffer("count", torch.zeros(self.BUCKETS))
         nn.init.zeros_(self.weight.weight)
 
-    def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B,)
+    def features(self, tokens: Tensor) -> tuple[Tensor, Tensor]:  # (B, T) -> 2 x (B, 2T - 1)
+        """The hashes of tokens and pairs, and which of them belong to the text."""
         mask = response_mask(tokens, self.eot)
         pairs = (tokens[:, :-1] * 7919 + tokens[:, 1:] + 1_000_003) * 2654435761 >> 8
-        features = torch.cat([tokens, pairs], 1) % self.BUCKETS
-        kept = torch.cat([mask, mask[:, 1:]], 1)                       # a pair ends inside the mask
-        return (self.weight(features)[..., 0] * kept).sum(1) / kept.sum(1).sqrt() + self.bias
+        hashed = torch.cat([tokens, pairs], 1) % self.BUCKETS
+        return hashed, torch.cat([mask, mask[:, 1:]], 1)               # a pair ends inside the mask
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B,)
+        hashed, kept = self.features(tokens)
+        kept = kept & (self.count[hashed] >= self.RARE)
+        total = (self.weight(hashed)[..., 0] * kept).sum(1)
+        return total / kept.sum(1).clamp(min=1).sqrt() + self.bias
 
     @torch.no_grad()
     def reward(self, prompt: Tensor, response: Tensor) -> Tensor:  # (P, T0), (P, K, L) -> (P, K)
@@ -167,6 +243,8 @@ def train_classifier(tokens: Tensor, labels: Tensor, eot: int, epochs: Iterable[
                      generator: torch.Generator) -> Classifier:
     """Fit to reviews (R, T), padded with `eot`, and labels (R,) in {0, 1}."""
     model = Classifier(eot).to(tokens.device)
+    hashed, kept = model.features(tokens)
+    model.count += hashed[kept].bincount(minlength=model.BUCKETS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.03, weight_decay=0.1)
     for _ in epochs:
         for rows in torch.randperm(len(tokens), generator=generator).split(256):

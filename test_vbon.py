@@ -16,9 +16,11 @@ import tiktoken._educational
 import torch
 
 import vbon
-from model import GPT, PATTERN, encode, lm_loss, train_lm, train_tokenizer
-from reward import Classifier, builtin_reviews, load_reviews, train_classifier
-from train import World, decode, frontier_shares, targets, theory
+from assets.figures import frontier_shares, theory
+from model import GPT, lm_loss, train_lm
+from reward import (PATTERN, Classifier, builtin_reviews, encode, load_reviews, pretrained_encoding,
+                    train_classifier, train_tokenizer)
+from train import decode, targets
 from vbon import Target
 
 HERE = Path(__file__).parent
@@ -459,10 +461,9 @@ def test_decode_by_hand():
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_without_beta_kl_rl_goes_as_far_as_best_of_n(n):
     rewards = 2 * torch.randn(8, 2000, generator=torch.Generator().manual_seed(0))
-    w = World(*[None] * 10, train=dict(reward=rewards))
-    target, = targets(w, ["kl-rl"], n, None)
+    target, = targets(["kl-rl"], n, None, rewards)
     assert vbon.optimum(target, rewards)["kl_ref"] == pytest.approx(vbon.bon_theory(n)[0], rel=0.06)
-    assert [x.beta for x in targets(w, ["bond", "soft-bon"], n, [3.0, 1.0])] == [None, 3.0, 1.0]
+    assert [x.beta for x in targets(["bond", "soft-bon"], n, [3.0, 1.0], rewards)] == [None, 3.0, 1.0]
 
 
 def test_frontier_shares_by_hand():
@@ -555,8 +556,8 @@ def test_builtin_reviews_are_as_described():
 
 # ----------------------------------------------------------------------------------------- train.py
 
-def train(*args, cwd):
-    done = subprocess.run([sys.executable, HERE / "train.py", *map(str, args)], cwd=cwd, text=True,
+def train(*args, cwd, program="train.py"):
+    done = subprocess.run([sys.executable, HERE / program, *map(str, args)], cwd=cwd, text=True,
                           capture_output=True, timeout=120)
     return done.returncode, done.stdout, done.stderr
 
@@ -604,7 +605,7 @@ def test_quick_run_its_cache_and_its_results(tmp_path):
     given = [row["beta"] for row in results(tmp_path / "out")[-4:]]
     assert given == [0.5, 2, 0.5, 2]
 
-    code, text, error = train("--quick", "--n", 2, "--study", cwd=tmp_path)
+    code, text, error = train("--quick", "--n", 2, cwd=tmp_path, program="assets/figures.py")
     assert code == 0 and error == "" and (tmp_path / "out/m-n2.png").exists()
     assert "probability" in text and "RMSE" in text
 

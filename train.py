@@ -4,7 +4,9 @@
     python train.py --n 2 4 8 --seed 0 1 2            several N, several repetitions
     python train.py --n 4 --method vbon kl-rl         beside other methods, see below
     python train.py --n 4 --data DIR                  your own labelled reviews
+    python train.py --n 4 --data DIR --init gpt2      from OpenAI's weights
     python train.py --n 4 --sample "i watched this"   your own words, answered three ways
+    torchrun --nproc_per_node 2 train.py --n 4        on several GPUs, or machines
 
 Methods, what each minimises, and its paper:
     vbon      KL(policy || best-of-N), exact                           arXiv 2407.06057, eq. (2)
@@ -15,39 +17,38 @@ Methods, what each minimises, and its paper:
     bon       no training: the best of N draws; always shown           arXiv 2009.01325
     soft-bon  no training: one of N draws, with odds exp(reward/β)     arXiv 2505.03156
 
-Writes results.jsonl, pareto.png, samples.txt and the trained policies to --out, and keeps finished
-stages in --out/cache: the same command again, or another N, goes on from there.
+Writes results.jsonl, pareto.png, samples.txt and the trained policies to --out. The same command
+again, or another N, goes on from what is there, after a crash too.
 """
 import argparse
 import hashlib
 import io
-import json
 import math
 import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
-import numpy as np
-import tiktoken
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import vbon
-from model import GPT, encode, lm_loss, make_encoding, train_lm, train_tokenizer
-from reward import Classifier, builtin_reviews, load_reviews, train_classifier
+from assets import figures
+from model import GPT, lm_loss, train_lm
+from reward import (Classifier, builtin_reviews, encode, load_reviews, make_encoding,
+                    pretrained_encoding, train_classifier, train_tokenizer)
 from vbon import Target
 
-NAMES = {"ref": "reference", "bon": "best-of-N", "soft-bon": "soft best-of-N", "vbon": "vBoN",
-         "bound": "vBoN bound", "kl-rl": "KL-RL", "bon-sft": "BoN-SFT", "bond": "BOND"}
 DECODED, TILTED = ("ref", "bon", "soft-bon"), ("kl-rl", "soft-bon")     # no training; with a β
+RANK, RANKS = (int(os.environ.get(name, i)) for i, name in enumerate(("RANK", "WORLD_SIZE")))
 
 # ------------------------------------------------------------------------------------- the settings
 
-def settings(args: argparse.Namespace) -> dict:
+def settings(args: argparse.Namespace, reviews: list | None) -> dict:
     """What a result depends on besides N, method and seed, in the order of the stages."""
     s = dict(vocab=768, width=64, layers=2, heads=2, prompt_tokens=4, length=24, reviews=12000,
              lm_steps=1000, lm_batch=64, lm_lr=6e-3,                      # 1 reference model
@@ -55,9 +56,12 @@ def settings(args: argparse.Namespace) -> dict:
              held_prompts=64, m_eval=512, prompts=512, m=64,              # 3 reference samples
              steps=90, batch=64, k=8, lr=7e-4,                            # 4 fine-tuning
              samples=64)                                                  # 5 evaluation
-    if args.data:
-        s |= dict(vocab=2048, length=28, lm_steps=2500, lm_lr=3e-3, epochs=6, m=128,
-                  steps=250, lr=3e-4)
+    if reviews:                          # real text has more entropy: more of everything
+        s |= dict(vocab=2048, length=28, reviews=len(reviews), lm_steps=min(2500, len(reviews) // 4),
+                  lm_lr=3e-3, epochs=6, m=128, steps=250, lr=3e-4)
+    if args.init:
+        s |= dict(lm_steps=min(500, len(reviews or "") // 32 + 10), lm_lr=5e-5, prompts=256, m=64,
+                  held_prompts=32, steps=250, lr=1e-5)
     if args.quick:
         s |= dict(vocab=400, width=32, reviews=600, lm_steps=10, epochs=1, held_prompts=8,
                   m_eval=64, prompts=8, m=16, steps=3, batch=4, k=4, samples=8)
@@ -69,47 +73,39 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = usage_error
-    group = parser.add_argument_group("the method")
-    group.add_argument("--n", type=positive_int, nargs="+", default=[4], metavar="N",
-                       help="the N of best-of-N: more reward, further from π_ref (default: 4)")
-    group.add_argument("--method", nargs="+", default=["vbon"], choices=list(NAMES)[1:],
-                       metavar="METHOD", help="one or more of those above (default: vbon)")
-    group.add_argument("--beta", type=positive_float, nargs="+", metavar="B",
-                       help="the β of kl-rl and soft-bon: smaller goes further from π_ref "
-                       "(default: for each N the one that takes kl-rl as far as best-of-N)")
-    group.add_argument("--steps", type=positive_int,
-                       help="updates of a policy: more land closer to π_bon (tripled for N > 8)")
-    group.add_argument("--m", type=positive_int,
-                       help="reference samples per training prompt: more make a better F")
-    group.add_argument("--study", action="store_true", help="train nothing; print what the scale "
-                       "of the reward, the bound and M do, and draw m-n*.png")
-    group = parser.add_argument_group("the text")
-    group.add_argument("--data", metavar="DIR", help="pos.txt and neg.txt, one review a line, or "
-                       "pos/*.txt and neg/*.txt, one review a file (default: built-in reviews)")
-    group.add_argument("--seed", type=int, nargs="+", default=[0],
-                       help="each seed is a repetition of everything (default: 0)")
-    group = parser.add_argument_group("the run")
-    group.add_argument("--sample", metavar="TEXT", help="print answers to TEXT by reference, "
-                       "best-of-N and policy; trains only what is not there yet")
-    group.add_argument("--out", default="out", metavar="DIR",
-                       help="folder of results and cache (default: out)")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    group.add_argument("--quick", action="store_true", help="all tiny: a smoke test of seconds")
+    add = parser.add_argument_group("the method").add_argument
+    add("--n", type=positive(int), nargs="+", default=[4], metavar="N",
+        help="the N of best-of-N: more reward, further from π_ref (default: 4)")
+    add("--method", nargs="+", default=["vbon"], choices=list(figures.NAMES)[1:], metavar="METHOD",
+        help="one or more of those above (default: vbon)")
+    add("--beta", type=positive(float), nargs="+", metavar="B", help="the β of kl-rl and soft-bon: "
+        "smaller goes further (default: for each N the one that takes kl-rl as far as best-of-N)")
+    add("--steps", type=positive(int),
+        help="updates of a policy: more land closer to π_bon (tripled for N > 8)")
+    add("--m", type=positive(int), help="reference samples per training prompt: more make a better F")
+    add = parser.add_argument_group("the text and the model").add_argument
+    add("--data", metavar="DIR", help="pos.txt and neg.txt, one review a line, or pos/*.txt and "
+        "neg/*.txt, one review a file (default: built-in reviews)")
+    add("--init", metavar="GPT2", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl (a download), or a "
+        "Hugging Face folder of a GPT-2; then fine-tuned on the text (default: a small new model)")
+    add("--seed", type=int, nargs="+", default=[0],
+        help="each seed is a repetition of everything (default: 0)")
+    add = parser.add_argument_group("the run").add_argument
+    add("--sample", metavar="TEXT", help="print answers to TEXT by reference, best-of-N and policy; "
+        "trains only what is not there yet")
+    add("--out", default="out", metavar="DIR", help="folder of results and cache (default: out)")
+    add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    add("--quick", action="store_true", help="all tiny: a smoke test of seconds")
     return parser.parse_args(argv)
 
 
-def positive_int(text: str) -> int:
-    """An integer of at least 1, for argparse."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def positive_float(text: str) -> float:
+def positive(kind: type) -> Callable[[str], float]:
     """A finite number above 0, for argparse."""
-    if not 0 < float(text) < math.inf:
-        raise ValueError
-    return float(text)
+    def convert(text: str) -> float:
+        if not 0 < kind(text) < math.inf:
+            raise ValueError
+        return kind(text)
+    return convert
 
 
 def usage_error(message: object) -> None:
@@ -118,13 +114,15 @@ def usage_error(message: object) -> None:
     raise SystemExit(2)
 
 
-def prepare(args: argparse.Namespace) -> tuple[torch.device, list | None]:
-    """The device, and the reviews of --data. What could be wrong with the command is looked at
-    here, before any work."""
+def prepare(args: argparse.Namespace) -> tuple[torch.device, list | None, tuple | None]:
+    """The device, the reviews of --data, the model and vocabulary of --init. What could be wrong
+    with the command is looked at here, before any work."""
     out, name = Path(args.out), args.device
     try:
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and RANKS > 1:
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
         try:
             device = torch.zeros(1, device=name).device
         except (RuntimeError, AssertionError, NotImplementedError):
@@ -132,35 +130,43 @@ def prepare(args: argparse.Namespace) -> tuple[torch.device, list | None]:
         if args.sample is not None and not args.sample.strip():
             raise ValueError("--sample: want a few words to continue")
         reviews = load_reviews(args.data) if args.data else None
+        start = (GPT.from_pretrained(args.init), pretrained_encoding(args.init)) if args.init else None
+        if start and start[0].config["vocab_size"] != start[1].n_vocab:
+            raise ValueError(f"--init {args.init}: the vocabulary has {start[1].n_vocab} tokens, "
+                             f"the model {start[0].config['vocab_size']}")
         for folder in ("cache", "policies"):
             (out / folder).mkdir(parents=True, exist_ok=True)
-            write(out / folder / ".writable", b"")
-            (out / folder / ".writable").unlink()
-        read_results(out / "results.jsonl")
+            write(out / folder / f".writable{RANK}", b"")
+            (out / folder / f".writable{RANK}").unlink()
+        figures.read_results(out / "results.jsonl")
     except (OSError, ValueError) as error:
         usage_error(error)
-    return device, reviews
+    if RANKS > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+    return device, reviews, start
 
-# ------------------------------------------------------------------ progress, randomness, the cache
+# --------------------------------------------------- progress, randomness, the cache, several ranks
 
-def track(label: str, total: int, watch: dict[str, float] | None = None) -> Iterator[int]:
-    """range(total), reporting elapsed and expected seconds and what stands in `watch`: one line
-    that updates in a terminal, a line at each quarter in a file."""
-    start, live = time.time(), sys.stdout.isatty()
-    for i in range(total):
+def track(label: str, steps: range, watch: dict[str, float] | None = None) -> Iterator[int]:
+    """The steps, reporting elapsed and expected seconds and what stands in `watch`: one line that
+    updates in a terminal, a line at each quarter in a file."""
+    start, live, total = time.time(), sys.stdout.isatty(), steps.stop
+    for done, i in enumerate(steps, 1):
         yield i
-        last = i + 1 == total
+        last = done == len(steps)
         if live or last or (i + 1) * 4 // total > i * 4 // total:
             spent = time.time() - start
             seen = "".join(f" {name} {value:.2f}" for name, value in (watch or {}).items())
-            expected = spent / (i + 1) * total
-            line = f"  {label} {i + 1}/{total}{seen}  {spent:.0f} of {expected:.0f} s"
+            line = f"  {label} {i + 1}/{total}{seen}  {spent:.0f} of {spent / done * len(steps):.0f} s"
             print(f"\r{line:<79.79}" if live else line,
                   end="" if live and not last else "\n", flush=True)
 
 
 def generator(device: torch.device | str, *names: object) -> torch.Generator:
-    """Random numbers of its own for each stage, N, method and seed, whatever ran before."""
+    """Random numbers named by what they are for, whatever ran before."""
     name = "/".join(map(str, names)).encode()
     seed = int.from_bytes(hashlib.sha256(name).digest()[:7], "big")
     return torch.Generator(device).manual_seed(seed)
@@ -174,11 +180,6 @@ def digest(*parts: object) -> str:
     return sha.hexdigest()[:12]
 
 
-def upto(s: dict, last: str) -> list:
-    """The settings up to `last`: those that a stage depends on."""
-    return list(s.items())[:list(s).index(last) + 1]
-
-
 def write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -189,36 +190,80 @@ def write(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def cached(path: Path, build: Callable[[], dict]) -> dict:
-    """What `build` returns, kept in a file behind its checksum; read from there if that fits."""
-    if path.exists():
-        content = path.read_bytes()
-        if hashlib.sha256(content[32:]).digest() == content[:32]:
-            print(f"  already there: {path.parent.name}/{path.name}", flush=True)
-            return torch.load(io.BytesIO(content[32:]), weights_only=True)
-        print(f"  corrupt, building it again: {path}", flush=True)
+def save(path: Path, content: dict) -> None:
+    """Write tensors and numbers behind their checksum."""
     buffer = io.BytesIO()
-    torch.save(build(), buffer)
-    content = buffer.getvalue()
-    write(path, hashlib.sha256(content).digest() + content)
-    return torch.load(io.BytesIO(content), weights_only=True)
+    torch.save(content, buffer)
+    if RANK == 0:
+        write(path, hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
+
+
+def load(path: Path) -> dict | None:
+    """What `save` wrote, on every rank; None if it is not there or not whole."""
+    content = path.read_bytes() if RANK == 0 and path.exists() else b""
+    if content and hashlib.sha256(content[32:]).digest() != content[:32]:
+        print(f"  corrupt, building it again: {path}", flush=True)
+        content = b""
+    content = from_rank_0(content)
+    return torch.load(io.BytesIO(content[32:]), weights_only=True) if content else None
+
+
+def cached(path: Path, build: Callable[[], dict]) -> dict:
+    """What `build` returns, kept in a file."""
+    found = load(path)
+    if found is None:
+        save(path, build())
+        return load(path)
+    print(f"  already there: {path.parent.name}/{path.name}", flush=True)
+    return found
+
+
+def from_rank_0(value: object) -> object:
+    """Rank 0's value."""
+    box = [value]
+    if RANKS > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def from_all_ranks(parts: dict) -> dict:
+    """The union of all ranks' dicts."""
+    box = [parts] * RANKS
+    if RANKS > 1:
+        dist.all_gather_object(box, parts)
+    return {key: value for part in box for key, value in part.items()}
+
+
+def average_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Before each step: the mean over ranks, each of which saw its share of the prompts."""
+    for p in optimizer.param_groups[0]["params"]:
+        dist.all_reduce(p.grad)
+        p.grad /= RANKS
 
 # --------------------------------------------------------------------------------------- the stages
 
-class World(NamedTuple):
-    """What stages 1 to 3 make and stages 4 and 5 use."""
-    s: dict
-    seed: int
-    device: torch.device
-    cache: Path
-    encoding: tiktoken.Encoding
-    reference: GPT
-    reward_fn: vbon.Reward
-    key: str                           # names all of the above in the cache
-    prompt: Tensor                     # (P, T0) for training
-    held: Tensor                       # (P', T0) for evaluation, none of them among `prompt`
-    train: dict | None = None          # reference samples to `prompt`: response (P, M, L), reward
-    held_rewards: Tensor | None = None                                                   # (P', M')
+class World(SimpleNamespace):
+    """What stages 1 to 3 make: s (settings), seed, device, cache (folder), key (names all of it),
+    encoding, reference, reward_fn, prompt (P, T0), held (P', T0), train (reference samples to
+    `prompt`: response (P, M, L), reward (P, M)), held_rewards (P', M')."""
+
+
+def build_reference(s: dict, seed: int, device: torch.device, texts: list[str],
+                    start: tuple | None) -> dict:
+    """Stage 1: a tokenizer learned from the reviews and a new GPT, or GPT-2's, trained on them."""
+    model, encoding = start or (None, train_tokenizer(texts[:2000], s["vocab"]))
+    tokens = encode(encoding, texts, s["prompt_tokens"] + s["length"]).to(device)
+    if model is None:
+        model = GPT(encoding.n_vocab, tokens.shape[1], s["layers"], s["heads"], s["width"],
+                    generator=generator("cpu", seed, "init"))
+    held = max(16, len(tokens) // 20)
+    train_lm(model.to(device), tokens[held:], s["lm_steps"], s["lm_batch"], s["lm_lr"],
+             generator("cpu", seed, "lm"), track("step", range(s["lm_steps"])))
+    with torch.no_grad():
+        nats = [lm_loss(model, part).item() for part in tokens[:held].split(64)]
+    ranks = map(encoding.decode_single_token_bytes, range(encoding.eot_token))
+    return dict(ranks=[part.decode("latin1") for part in ranks], pattern=encoding._pat_str,
+                config=model.config, weights=model.state_dict(), nats=sum(nats) / len(nats))
 
 
 def load_gpt(saved: dict, device: torch.device) -> GPT:
@@ -228,23 +273,6 @@ def load_gpt(saved: dict, device: torch.device) -> GPT:
     return model.to(device)
 
 
-def build_reference(s: dict, seed: int, device: torch.device, reviews: list) -> dict:
-    """Stage 1: a tokenizer learned from the reviews, and a GPT trained on them."""
-    texts = [text for text, _ in reviews]
-    encoding = train_tokenizer(texts[:2000], s["vocab"])
-    tokens = encode(encoding, texts, s["prompt_tokens"] + s["length"]).to(device)
-    held = max(16, len(tokens) // 20)
-    model = GPT(encoding.n_vocab, tokens.shape[1], s["layers"], s["heads"], s["width"],
-                generator=generator("cpu", seed, "init")).to(device)
-    train_lm(model, tokens[held:], s["lm_steps"], s["lm_batch"], s["lm_lr"],
-             generator("cpu", seed, "lm"), track("step", s["lm_steps"]))
-    with torch.no_grad():
-        nats = lm_loss(model, tokens[:held]).item()
-    ranks = map(encoding.decode_single_token_bytes, range(encoding.eot_token))
-    return dict(ranks=[part.decode("latin1") for part in ranks],
-                config=model.config, weights=model.state_dict(), nats=nats)
-
-
 def build_reward(s: dict, seed: int, device: torch.device, reviews: list, encoding) -> dict:
     """Stage 2: the classifier, and its accuracy on reviews that it was not trained on."""
     texts, labels = zip(*reviews)
@@ -252,13 +280,49 @@ def build_reward(s: dict, seed: int, device: torch.device, reviews: list, encodi
     labels = torch.tensor(labels, device=device)
     held = max(16, len(tokens) // 20)
     model = train_classifier(tokens[held:], labels[held:], encoding.eot_token,
-                             track("epoch", s["epochs"]), generator("cpu", seed, "classifier"))
+                             track("epoch", range(s["epochs"])), generator("cpu", seed, "classifier"))
     with torch.no_grad():
         right = (model(tokens[:held]) > 0) == (labels[:held] > 0)
     return dict(weights=model.state_dict(), accuracy=right.double().mean().item())
 
 
-def pick_prompts(s: dict, reviews: list, encoding, device) -> tuple[Tensor, Tensor]:
+def build_world(args: argparse.Namespace, s: dict, seed: int, device: torch.device,
+                reviews: list | None, start: tuple | None) -> World:
+    """Stages 1 to 3, text to reference samples, each from the cache if it is there."""
+    cache, here = Path(args.out) / "cache", Path(__file__).parent
+    reviews = list(reviews or builtin_reviews(s["reviews"], seed))
+    random.Random(seed).shuffle(reviews)
+    stage = {last: list(s.items())[:list(s).index(last) + 1] for last in ("lm_lr", "epochs", "m_eval", "m")}
+    key = digest(seed, device.type, reviews, args.init, *[here / f"{x}.py" for x in ("model", "reward", "train")])
+
+    print(f"1 text, tokenizer, reference model: {len(reviews)} reviews", flush=True)
+    saved = cached(cache / f"reference-{digest(key, stage['lm_lr'])}.pt",
+                   lambda: build_reference(s, seed, device, [text for text, _ in reviews], start))
+    encoding = make_encoding({part.encode("latin1"): i for i, part in enumerate(saved["ranks"])},
+                             saved["pattern"])
+    reference = load_gpt(saved, device)
+    print(f"  held-out text: {saved['nats']:.2f} nats per token, "
+          f"perplexity {math.exp(saved['nats']):.1f}")
+
+    print("2 reward: a sentiment classifier's logit", flush=True)
+    saved = cached(cache / f"reward-{digest(key, stage['epochs'])}.pt",
+                   lambda: build_reward(s, seed, device, reviews, encoding))
+    classifier = Classifier(encoding.eot_token).to(device)
+    classifier.load_state_dict(saved["weights"])
+    print(f"  held-out accuracy: {saved['accuracy']:.3f}")
+
+    print("3 reference samples, for the CDF of the reward", flush=True)
+    w = World(s=s, seed=seed, device=device, cache=cache, encoding=encoding, reference=reference,
+              reward_fn=classifier.reward, key=digest(key, RANKS, here / "vbon.py"))
+    w.prompt, w.held = pick_prompts(s, reviews, encoding, device)
+    w.train = cached(cache / f"training-{digest(w.key, stage['m'])}.pt",
+                     lambda: draw(w, reference, w.prompt, s["m"], "training, part", "training"))
+    w.train["response"] = w.train["response"].long().to(device)
+    w.held_rewards = held_out(w, 0)["reward"]
+    return w
+
+
+def pick_prompts(s: dict, reviews: list, encoding, device: torch.device) -> tuple[Tensor, Tensor]:
     """Training and held-out prompts (P, T0): how reviews begin, no sequence twice."""
     ids = [tuple(encoding.encode_ordinary(text)[:s["prompt_tokens"]]) for text, _ in reviews]
     distinct = list(dict.fromkeys(x for x in ids if len(x) == s["prompt_tokens"]))
@@ -270,13 +334,21 @@ def pick_prompts(s: dict, reviews: list, encoding, device) -> tuple[Tensor, Tens
 
 
 def draw(w: World, model: GPT, prompt: Tensor, k: int, label: str, *name: object) -> dict:
-    """k responses of a model to each prompt (P, T0), their log-probabilities and rewards (P, k)."""
-    start, g, parts = time.time(), generator(w.device, w.seed, "draw", *name), []
-    chunks = prompt.split(max(1, 2048 // k))
-    for i in track(label, len(chunks)):
-        response, logprob = vbon.sample(model, chunks[i], k, w.s["length"], g)
-        parts.append((response.int().cpu(), logprob.cpu(), w.reward_fn(chunks[i], response).cpu()))
-    drawn = dict(zip(("response", "logprob", "reward"), map(torch.cat, zip(*parts))))
+    """k responses of a model to each prompt (P, T0), their log-probabilities and rewards (P, k); of
+    a policy also ref_logprob and kl_ref. Ranks draw in turn, whatever their number the same."""
+    start, chunks, mine = time.time(), prompt.split(max(1, 2048 // k)), {}
+    for i in track(label, range(RANK, len(chunks), RANKS)):
+        x = chunks[i]
+        response, logprob = vbon.sample(model, x, k, w.s["length"],
+                                        generator(w.device, w.seed, "draw", *name, i))
+        mine[i] = dict(response=response.int(), logprob=logprob, reward=w.reward_fn(x, response))
+        if model is not w.reference:
+            with torch.no_grad():
+                mine[i] |= dict(ref_logprob=vbon.response_logprob(w.reference, x, response),
+                                kl_ref=vbon.response_kl(model, w.reference, x, response))
+        mine[i] = {name: value.cpu() for name, value in mine[i].items()}
+    parts = from_all_ranks(mine)
+    drawn = {name: torch.cat([parts[i][name] for i in range(len(chunks))]) for name in parts[0]}
     return drawn | dict(seconds=time.time() - start)
 
 
@@ -284,83 +356,62 @@ def held_out(w: World, part: int) -> dict:
     """Stage 3: m_eval reference responses to each held-out prompt. Part 0 measures F; best-of-N
     chooses among the others."""
     m = w.s["m_eval"]
-    return cached(w.cache / f"held-out-{part}-{digest(w.key, upto(w.s, 'm_eval'))}.pt",
+    return cached(w.cache / f"held-out-{part}-{digest(w.key, w.s['held_prompts'], m)}.pt",
                   lambda: draw(w, w.reference, w.held, m, "held-out, part", "held-out", part))
 
 
-def stages_1_to_3(args: argparse.Namespace, s: dict, seed: int, device: torch.device,
-                  reviews: list | None) -> World:
-    """Text to reference samples, each stage from the cache if it is there."""
-    cache, here = Path(args.out) / "cache", Path(__file__).parent
-    reviews = list(reviews or builtin_reviews(s["reviews"], seed))
-    random.Random(seed).shuffle(reviews)
-    code = [here / name for name in ("model.py", "reward.py", "train.py")]
-    key = digest(seed, device.type, reviews, *code)
-
-    print(f"1 text, tokenizer, reference model: {len(reviews)} reviews", flush=True)
-    saved = cached(cache / f"reference-{digest(key, upto(s, 'lm_lr'))}.pt",
-                   lambda: build_reference(s, seed, device, reviews))
-    encoding = make_encoding({part.encode("latin1"): i for i, part in enumerate(saved["ranks"])})
-    reference = load_gpt(saved, device)
-    print(f"  held-out text: {saved['nats']:.2f} nats per token")
-
-    print("2 reward: a sentiment classifier's logit", flush=True)
-    saved = cached(cache / f"reward-{digest(key, upto(s, 'epochs'))}.pt",
-                   lambda: build_reward(s, seed, device, reviews, encoding))
-    classifier = Classifier(encoding.eot_token).to(device)
-    classifier.load_state_dict(saved["weights"])
-    print(f"  held-out accuracy: {saved['accuracy']:.3f}")
-
-    print("3 reference samples, for the CDF of the reward", flush=True)
-    w = World(s, seed, device, cache, encoding, reference, classifier.reward,
-              digest(key, here / "vbon.py"), *pick_prompts(s, reviews, encoding, device))
-    train = cached(cache / f"training-{digest(w.key, upto(s, 'm'))}.pt",
-                   lambda: draw(w, reference, w.prompt, s["m"], "training, part", "training"))
-    train["response"] = train["response"].long().to(device)
-    return w._replace(train=train, held_rewards=held_out(w, 0)["reward"])
-
-
-def targets(w: World, methods: list[str], n: int, betas: list[float] | None) -> list[Target]:
+def targets(methods: list[str], n: int, betas: list[float] | None, ref_rewards: Tensor
+            ) -> list[Target]:
     """What the methods aim at for one N. Without a β given, the β whose optimum is as far from
     π_ref as best-of-n: found by bisection, two digits."""
     if betas is None and set(methods) & set(TILTED):
         low, high = 1e-3, 1e6
         for _ in range(50):
             beta = math.sqrt(low * high)
-            far = vbon.optimum(Target("kl-rl", n, beta), w.train["reward"])["kl_ref"]
+            far = vbon.optimum(Target("kl-rl", n, beta), ref_rewards)["kl_ref"]
             low, high = (beta, high) if far > vbon.bon_theory(n)[0] else (low, beta)
         betas = [float(f"{beta:.2g}")]
     return [Target(method, n, beta) for method in methods
             for beta in (betas if method in TILTED else [None])]
 
 
-def title(method: str, n: int) -> str:
-    """How a method is called in a table."""
-    return NAMES[method].replace("-of-N", f" of {n}")
-
-
 def label(target: Target) -> str:
     """A short name for progress lines and files."""
     return target.method + (f" n={target.n}" if target.n > 1 or target.beta is None else "") + (
-        f" β={target.beta:g}" if target.beta else "")
+        f" beta={target.beta:g}" if target.beta else "")
 
 
-def build_policy(w: World, target: Target) -> dict:
-    """Stage 4: the reference, fine-tuned towards a target."""
+def build_policy(w: World, target: Target, checkpoint: Path) -> dict:
+    """Stage 4: the reference, fine-tuned towards a target. Goes on from the checkpoint, if any:
+    every step has its own random numbers, so that the outcome is the same to the last bit."""
     s, start, watch = w.s, time.time(), {}
     steps = s["steps"] * (3 if target.n > 8 else 1)        # far from π_ref, what is poor is rare
     policy = load_gpt(dict(config=w.reference.config, weights=w.reference.state_dict()), w.device)
     optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), fused=True)
-    responses = generator(w.device, w.seed, "train", *target)
-    prompts = generator("cpu", w.seed, "prompts", *target)
-    for step in track(label(target), steps, watch):
+    if RANKS > 1:
+        optimizer.register_step_pre_hook(average_gradients)
+    saved = load(checkpoint) or dict(step=0, seconds=0.0)
+    if saved["step"]:
+        policy.load_state_dict(saved["weights"])
+        optimizer.load_state_dict(saved["optimizer"])
+        print(f"  {label(target)}: on from step {saved['step']}", flush=True)
+    due = time.time()
+    for step in track(label(target), range(saved["step"], steps), watch):
         late = max(0.0, 2 * step / steps - 1)                    # flat, then half a cosine
         optimizer.param_groups[0]["lr"] = s["lr"] * (1 + math.cos(math.pi * late)) / 2
-        rows = torch.randperm(len(w.prompt), generator=prompts)[:s["batch"]]
+        order = torch.randperm(len(w.prompt), generator=generator("cpu", w.seed, *target, step))
+        rows = order[:s["batch"]][RANK::RANKS]
         watch |= vbon.update(policy, w.reference, optimizer, w.reward_fn,
                              vbon.grow(target, step, steps), w.prompt[rows.to(w.device)],
-                             w.train["response"][rows], w.train["reward"][rows], s["k"], responses)
-    return dict(config=policy.config, weights=policy.state_dict(), seconds=time.time() - start)
+                             w.train["response"][rows.to(w.device)], w.train["reward"][rows], s["k"],
+                             generator(w.device, w.seed, *target, step, RANK))
+        now = time.time()
+        if RANK == 0 and now > due:                      # at most a twentieth of the time for it
+            save(checkpoint, dict(step=step + 1, seconds=saved["seconds"] + now - start,
+                                  weights=policy.state_dict(), optimizer=optimizer.state_dict()))
+            due = time.time() + 20 * (time.time() - now)
+    return dict(config=policy.config, weights=policy.state_dict(),
+                seconds=saved["seconds"] + time.time() - start)
 
 
 def evaluate(w: World, policies: dict[Target, dict], curves: dict) -> list[dict]:
@@ -369,33 +420,22 @@ def evaluate(w: World, policies: dict[Target, dict], curves: dict) -> list[dict]
     n, m = next(iter(policies)).n, w.s["m_eval"]
     parts = max(min(max(1, n // 8), 4), math.ceil(n / m))          # draws for 16 answers or more
     drawn = [held_out(w, 1 + part) for part in range(parts)]
-    used = m * parts // n * n
-    logprob, reward = (torch.cat([d[name] for d in drawn], 1)[:, :used]
-                       for name in ("logprob", "reward"))
-    seconds = sum(d["seconds"] for d in drawn)
+    draws = [torch.cat([d[name] for d in drawn], 1)[:, :m * parts // n * n]
+             for name in ("logprob", "reward")]
     for target, saved in policies.items():
         if target.method in DECODED:
-            picked = decode(target, logprob, reward, generator("cpu", w.seed, *target))
+            picked = decode(target, *draws, generator("cpu", w.seed, *target))
             own = vbon.log_target(target, *picked, w.held_rewards)
             row = vbon.metrics(n, own, *picked, w.held_rewards)
-            row |= dict(samples_per_answer=1 if target.method == "ref" else n, seconds=seconds)
+            row |= dict(samples_per_answer=1 if target.method == "ref" else n,
+                        seconds=sum(d["seconds"] for d in drawn))
         else:
-            policy = load_gpt(saved, w.device)
-            own = draw(w, policy, w.held, w.s["samples"], label(target), "evaluate", *target)
-            response = own["response"].long().to(w.device)
-            with torch.no_grad():
-                kl_ref = vbon.response_kl(policy, w.reference, w.held, response)
-                ref_logprob = vbon.response_logprob(w.reference, w.held, response)
-            row = vbon.metrics(n, own["logprob"], ref_logprob, own["reward"], w.held_rewards,
-                               kl_ref)
+            own = draw(w, load_gpt(saved, w.device), w.held, w.s["samples"], label(target),
+                       "evaluate", *target)
+            row = vbon.metrics(n, own["logprob"], own["ref_logprob"], own["reward"],
+                               w.held_rewards, own["kl_ref"])
             row |= dict(samples_per_answer=1, seconds=saved["seconds"] + own["seconds"])
-        aim = vbon.optimum(target, w.held_rewards)
-        row |= {f"aim_{name}": value for name, value in aim.items()}
-        for plane, best in (("win_rate", curves["tilt"]), ("reward", curves["kl-rl"])):
-            for by in ("", "aim_"):
-                highest = np.interp(row[by + "kl_ref"], best["kl_ref"], best[plane])
-                row[f"{by}gap_{plane}"] = float(highest) - row[by + plane]
-        rows.append(target._asdict() | row)
+        rows.append(target._asdict() | row | figures.gaps(target, row, w.held_rewards, curves))
     return rows
 
 
@@ -406,320 +446,69 @@ def decode(target: Target, logprob: Tensor, reward: Tensor, g: torch.Generator) 
     return [x.reshape(-1, target.n).gather(1, pick).view(len(x), -1) for x in (logprob, reward)]
 
 
-def theory(ref_rewards: Tensor) -> dict[str, dict[str, np.ndarray]]:
-    """Curves in both planes, from reference rewards (P, M) alone: the highest win rate at a KL
-    (tilt), best-of-N for every N, the optima of KL-RL for every β, which have the highest reward at
-    a KL. Each ends where fewer than 16 effective samples are left."""
-    cdf = vbon.empirical_cdf(ref_rewards, ref_rewards)
-    strength = [0, *np.geomspace(1e-3, 100, 40)]
-    curves = {"tilt": [vbon.tilt(t * cdf, ref_rewards) for t in strength],
-              "kl-rl": [vbon.tilt(t * ref_rewards, ref_rewards) for t in strength],
-              "bon": [vbon.tilt((n - 1) * cdf.log(), ref_rewards) for n in np.geomspace(1, 64, 24)]}
-    return {name: {key: np.array([point[key] for point in curve if point["ess"] >= 16])
-                   for key in ("kl_ref", "win_rate", "reward")} for name, curve in curves.items()}
+def main(argv: list[str] | None = None) -> None:
+    """The five stages for each seed, straight down, then what was found."""
+    args, began = parse(argv), time.time()
+    out, (device, reviews, start) = Path(args.out), prepare(args)
+    s = settings(args, reviews)
+    made_by = dict(device=device.type, ranks=RANKS, init=args.init and digest(start[0].state_dict()),
+                   data=digest(reviews) if args.data else "built-in", **s)
+    methods = [m for m in figures.NAMES if m in {"ref", "bon", *args.method}
+               or m == "soft-bon" and "kl-rl" in args.method]
+    rows, text, held_rewards = [], "", []
+    for seed in dict.fromkeys(args.seed):
+        w = build_world(args, s, seed, device, reviews, start)
+        print("4 fine-tuning: policies that do the work of best-of-N", flush=True)
+        policies = {}
+        for n in dict.fromkeys(args.n):
+            for target in targets(methods, n, args.beta, w.train["reward"]):
+                aim = target._replace(n=1) if target.method == "kl-rl" else target
+                name = label(aim).replace(" ", "-")
+                file = out / "policies" / f"{name}-seed{seed}-{digest(w.key, s)}.pt"
+                policies.setdefault(n, {})[target] = None if target.method in DECODED else cached(
+                    file, lambda: build_policy(w, aim, file.with_suffix(".checkpoint")))
+                file.with_suffix(".checkpoint").unlink(missing_ok=True)
+
+        if args.sample is not None:
+            prompt = torch.tensor([w.encoding.encode_ordinary(args.sample)] * 3, device=device)
+            if prompt.shape[1] >= w.reference.config["block_size"]:
+                usage_error(f"--sample: want fewer than {w.reference.config['block_size']} tokens")
+            for n in policies:
+                print("\n" + show_answers(w, policies[n], prompt), end="")
+            continue
+
+        print("5 evaluation on held-out prompts", flush=True)
+        curves = figures.theory(w.held_rewards)
+        rows += [row | dict(seed=seed, beta_found=args.beta is None and row["beta"] is not None)
+                 for n in policies for row in evaluate(w, policies[n], curves)]
+        held_rewards.append(w.held_rewards)
+        text += "\n".join(f"N = {n}, seed {seed}\n\n" + show_answers(w, policies[n], w.held[:8])
+                          for n in policies)
+        if RANK == 0:
+            figures.add_results(out / "results.jsonl", rows, made_by, write)
+            write(out / "samples.txt", text.encode())
+    if rows and RANK == 0:
+        figures.report(out, rows, made_by, torch.cat(held_rewards), write)
+        print(f"{time.time() - began:.0f} s in all; see {out}/: pareto.png, samples.txt, results.jsonl")
 
 
 def show_answers(w: World, policies: dict[Target, dict], prompt: Tensor) -> str:
     """The prompts (P, T0), each with an answer by the reference, best-of-n and the policies,
     unedited, behind its reward."""
     length = min(w.s["length"], w.reference.config["block_size"] - prompt.shape[1])
-    answers = {}
+    lines = [f"{w.encoding.decode(ids)} ..." for ids in prompt.tolist()]
     for target, saved in policies.items():
         model = load_gpt(saved, w.device) if saved else w.reference
-        g, k = generator(w.device, w.seed, "show", target.n), 1
-        if target.method in ("bon", "soft-bon"):
-            k = target.n
-        response, _ = vbon.sample(model, prompt, k, length, g)
-        reward = w.reward_fn(prompt, response)
-        best = vbon.best_of_n(reward.cpu(), generator("cpu", w.seed, "show", *target),
-                              target.beta).to(w.device)
-        rows = torch.arange(len(prompt), device=w.device)
-        answers[target] = response[rows, best], reward[rows, best]
-    lines = []
-    for i, ids in enumerate(prompt.tolist()):
-        lines.append(f"{w.encoding.decode(ids)} ...")
-        for target, (response, reward) in answers.items():
-            words = [x for x in response[i].tolist() if x != w.reference.eot]
-            lines.append(f"  {title(target.method, target.n):<14}{reward[i].item():+6.2f}  "
+        k = target.n if target.method in ("bon", "soft-bon") else 1
+        response, _ = vbon.sample(model, prompt, k, length,
+                                  generator(w.device, w.seed, "show", target.n))
+        reward = w.reward_fn(prompt, response).cpu()
+        best = vbon.best_of_n(reward, generator("cpu", w.seed, "show", *target), target.beta)
+        for i, j in enumerate(best.tolist()):
+            words = [x for x in response[i, j].tolist() if x != w.reference.eot]
+            lines[i] += (f"\n  {figures.title(target.method, target.n):<14}{reward[i, j]:+6.2f}  "
                          f"...{w.encoding.decode(words)}")
     return "\n".join(lines) + "\n"
-
-# -------------------------------------------------------------------------------------- the results
-
-def read_results(path: Path) -> list[dict]:
-    """The rows of results.jsonl; ValueError if the file holds anything else."""
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
-        try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            raise ValueError(f"{path}, line {number} is not a result; move the file away") from None
-    return rows
-
-
-def add_results(path: Path, rows: list[dict], made_by: dict) -> None:
-    """Append rows to results.jsonl; one with the same settings as an older row takes its place."""
-    names = ("method", "n", "beta", "seed", *made_by)
-    kept = {json.dumps([row.get(name) for name in names]): row
-            for row in read_results(path) + [row | made_by for row in rows]}
-    write(path, "".join(json.dumps(row) + "\n" for row in kept.values()).encode())
-
-
-def over_seeds(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """Rows that differ in nothing but the seed: (n, method, β or None if it was found) -> rows."""
-    groups = {}
-    for row in rows:
-        beta = None if row["beta_found"] else row["beta"]
-        groups.setdefault((row["n"], row["method"], beta), []).append(row)
-    return groups
-
-
-def mean(rows: list[dict], name: str) -> tuple[float, float]:
-    """Mean over seeds and its spread: standard deviation, or for one seed the standard error."""
-    values = [row[name] for row in rows]
-    return np.mean(values), (np.std(values, ddof=1) if len(values) > 1
-                             else rows[0].get(name + "_se", 0.0))
-
-
-def print_table(rows: list[dict], m_eval: int) -> None:
-    """Means over seeds and, under each N, what theory says."""
-    print(f"\n{'':14}{'reward':>7}{'win rate':>13}{'KL to ref':>14}{'KL to BoN':>14}"
-          f"{'pos.':>6}{'draws':>6}")
-    groups = over_seeds(rows)
-    for n in dict.fromkeys(row["n"] for row in rows):
-        for (_, method, beta), group in ((k, v) for k, v in groups.items() if k[0] == n):
-            cells = " ".join("{:7.3f} ±{:.3f}".format(*mean(group, name))[-13:].rjust(13)
-                             for name in ("win_rate", "kl_ref", "kl_bon"))
-            print(f"{title(method, n):14}{mean(group, 'reward')[0]:7.2f}{cells}"
-                  f"{mean(group, 'positive')[0]:6.2f}{group[0]['samples_per_answer']:6}"
-                  + (f" β={mean(group, 'beta')[0]:.2g}" if group[0]["beta"] else ""))
-        kl, win = vbon.bon_theory(n)
-        print(f"{f'theory, N = {n}':21}{win:6.3f}{kl:14.3f}{0:14.3f}")
-    seeds = len({row["seed"] for row in rows})
-    print(f"± {f'deviation over {seeds} seeds' if seeds > 1 else 'standard error'}; KLs in nats; "
-          f"a perfect policy's KL to BoN reads {-0.5 / m_eval:.3f}")
-
-
-def print_comparison(rows: list[dict]) -> None:
-    """How far trained policies are from their own optimum and from the frontier of each plane."""
-    print(f"\n{'':17}{'own optimum':>14}{'win rate below the':>22}{'reward below the':>20}"
-          f"\n{'':17}{'win':>7}{'KL':>7}{'highest: by aim, by training, each at its KL':>46}")
-    for (n, method, beta), group in over_seeds(rows).items():
-        cells = ""
-        for plane in ("win_rate", "reward"):
-            aim, both = (mean(group, f"{by}gap_{plane}")[0] for by in ("aim_", ""))
-            cells += f"{aim:13.3f}{both - aim:7.3f}"
-        print(f"{NAMES[method]:11} N={n:<4}{mean(group, 'aim_win_rate')[0]:7.3f}"
-              f"{mean(group, 'aim_kl_ref')[0]:7.3f}{cells}")
-    print(f"\n{'on the Pareto frontier of its seed':36}{'win rate':>18}{'reward':>18}")
-    shares = {plane: frontier_shares(rows, plane) for plane in ("win_rate", "reward")}
-    for method in dict.fromkeys(row["method"] for row in rows):
-        cells = "".join("{:9.0%} [{:.0%}, {:.0%}]".format(*shares[plane][method]).rjust(18)
-                        for plane in shares)
-        points = sum(row["method"] == method for row in rows)
-        print(f"{NAMES[method]:14}{points:4} points{'':11}{cells}")
-
-
-def frontier_shares(rows: list[dict], plane: str) -> dict[str, tuple[float, float, float]]:
-    """Per method, the share of its points that no other policy of the same seed beats in KL and
-    `plane` both, and a 95 % bootstrap interval of it, over points within a seed."""
-    rng, shares = random.Random(0), {}
-    seeds = [[row for row in rows if row["seed"] == seed] for seed in {r["seed"] for r in rows}]
-    for repeat in range(501):
-        counts = {}
-        for points in seeds:
-            chosen = rng.choices(points, k=len(points)) if repeat else points
-            for a in chosen:
-                beaten = any(b["kl_ref"] <= a["kl_ref"] and b[plane] > a[plane] for b in chosen)
-                counts.setdefault(a["method"], []).append(not beaten)
-        for method, on in counts.items():
-            shares.setdefault(method, []).append(np.mean(on))
-    return {method: (x[0], *np.quantile(x, [0.025, 0.975])) for method, x in shares.items()}
-
-
-STYLES = {"ref": ("s", "black"), "bon": ("o", "tab:blue"), "soft-bon": ("o", "tab:cyan"),
-          "vbon": ("D", "tab:red"), "bound": ("^", "tab:orange"), "kl-rl": ("v", "tab:green"),
-          "bon-sft": ("P", "tab:purple"), "bond": ("X", "tab:brown")}
-
-
-def plot(path: Path, rows: list[dict], ref_rewards: Tensor) -> None:
-    """Win rate and reward against KL to the reference: theory as lines, measurements as points."""
-    import matplotlib
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    reach = 1.15 * max(row["kl_ref"] for row in rows) + 0.1
-    lines = {"tilt": ("k:", "optimum of the win rate: exp(t·F)"),
-             "kl-rl": ("g--", "optimum of KL-RL: exp(r/β)"), "bon": ("b-", "best-of-N in theory")}
-    base = {row["seed"]: row["reward"] for row in rows if row["method"] == "ref"}
-    groups = over_seeds([row | dict(reward=row["reward"] - base[row["seed"]]) for row in rows])
-    for ax, plane in zip(axes, ("win_rate", "reward")):
-        for name, curve in theory(ref_rewards).items():
-            near = curve["kl_ref"] < reach
-            y = curve[plane] - (plane == "reward") * ref_rewards.mean().item()
-            ax.plot(curve["kl_ref"][near], y[near], lines[name][0], lw=1, label=lines[name][1])
-        for method, (marker, color) in STYLES.items():
-            points = [group for key, group in groups.items() if key[1] == method]
-            if points:
-                (x, dx), (y, dy) = (zip(*[mean(group, name) for group in points])
-                                    for name in ("kl_ref", plane))
-                ax.errorbar(x, y, dy, dx, fmt=marker, color=color, ms=6, mfc="none", capsize=2,
-                            lw=1, label=NAMES[method] + (", N draws" if "-of-" in NAMES[method]
-                                                         else ""))
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.set(xlabel="KL(policy ‖ reference), nats per response")
-    axes[0].set(ylabel="win rate over the reference", title="what best-of-N aims for")
-    axes[1].set(ylabel="reward, above the reference's", title="what KL-RL aims for")
-    for n in dict.fromkeys(row["n"] for row in rows):
-        axes[0].annotate(f"N = {n}", vbon.bon_theory(n), (-14, 10), textcoords="offset points",
-                         ha="right", fontsize=9)
-    axes[1].legend(loc="lower right", frameon=False, fontsize=8)
-    save(fig, path)
-
-
-def study_rewards(w: World, n: int) -> None:
-    """Increasing transforms of the reward leave vBoN's target as it is, and nothing else."""
-    drawn = held_out(w, 1)
-    logprob, reward, ref = (x.double() for x in (drawn["logprob"], drawn["reward"], w.held_rewards))
-    top = ref.quantile(0.97).item()
-    transforms = {"the logit r": lambda r: r, "its probability σ(r)": torch.sigmoid,
-                  "r³": lambda r: r ** 3, "the top 3 % raised by 20": lambda r: r + 20 * (r > top)}
-    vbon_target, = targets(w, ["vbon"], n, None)
-    rl_target, = targets(w, ["kl-rl"], n, None)
-    print(f"\n{'largest change of a log target':30}{'vBoN':>8}{'KL-RL':>8}"
-          f"{f'optimum at β={rl_target.beta:g}: win':>26}{'KL':>7}")
-    for name, f in transforms.items():
-        less, equal, _ = vbon._ranks(reward, ref)
-        if not all(map(torch.equal, vbon._ranks(f(reward), f(ref))[:2], (less, equal))):
-            raise ArithmeticError(f"{name}: the ranks have changed")
-        changes = []
-        for target in (vbon_target, rl_target):
-            new, old = (vbon.log_target(target, logprob, g(reward), g(ref))
-                        for g in (f, transforms["the logit r"]))
-            change = new - old
-            changes.append((change - change.mean(1, keepdim=True)).abs().max().item())
-        best = vbon.optimum(rl_target, f(ref))
-        print(f"  {name:28}{changes[0]:8.3g}{changes[1]:8.3g}{best['win_rate']:26.3f}"
-              f"{best['kl_ref']:7.3f}")
-
-
-def study_bound(w: World, n: int) -> None:
-    """How far (2) lies above its bound (3), by how probable a response is under π_ref."""
-    logprob, reward = (w.train[name].double() for name in ("logprob", "reward"))
-    log_cdf = vbon.empirical_cdf(reward, reward).log()
-    gap = vbon.bon_logprob(logprob, log_cdf, n) - vbon.bon_logprob_bound(logprob, log_cdf, n)
-    print(f"\nlog π_ref(y), nats   responses   exact (2) - bound (3) at N = {n}: mean, largest")
-    edges = [0, -8, -12, -16, -20, -24, -math.inf]
-    for high, low in zip(edges, edges[1:]):
-        chosen = gap[(logprob <= high) & (logprob > low)]
-        if len(chosen):
-            print(f"  {low:6} to {high:4}{len(chosen):15}{chosen.mean().item():22.2g}"
-                  f"{chosen.max().item():12.2g}")
-
-
-def study_m(n: int, rows: list[dict], path: Path) -> None:
-    """What M does: the error of log F̂, the same for any continuous reward, beside the DKW bound of
-    F̂; and policies trained with it, as far as results.jsonl has them for this N."""
-    import matplotlib
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-    u, trained = torch.rand(4000, 32, generator=generator("cpu", "uniform")).double(), {}
-    ms = sorted({16, 32, 64, 128, 256, 512} | {row["m"] for row in rows})
-    error, dkw = [], [math.sqrt(math.log(2 / 0.05) / (2 * m)) for m in ms]
-    print(f"\n{'M':>5}{'RMSE of log F̂':>16}{'DKW, 95 %: ±':>14}{f'vBoN, N = {n}: win rate':>26}"
-          f"{'KL to BoN':>16}")
-    for m, bound in zip(ms, dkw):
-        ref = torch.rand(4000, m, generator=generator("cpu", "uniform", m)).double()
-        error.append((vbon.empirical_cdf(u, ref).log() - u.log()).square().mean().sqrt().item())
-        group = [row for row in rows if row["m"] == m]
-        if group:
-            trained[m] = mean(group, "kl_bon")
-        cells = "".join("{:11.3f} ±{:.3f}".format(*mean(group, name)).rjust(20)
-                        for name in ("win_rate", "kl_bon") if group)
-        print(f"{m:5}{error[-1]:16.3f}{bound:14.3f}{cells}")
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    axes[0].loglog(ms, error, "o-", label="root mean square error of log F̂")
-    axes[0].loglog(ms, dkw, "k:", label="95 % bound of sup |F̂ - F| (DKW)")
-    axes[0].legend(frameon=False, fontsize=8)
-    axes[0].set_yticks([0.1, 0.2, 0.4], [0.1, 0.2, 0.4])
-    if trained:
-        axes[1].errorbar(list(trained), *zip(*trained.values()), fmt="D-", color="tab:red",
-                         capsize=2)
-    axes[1].set(xscale="log", ylabel=f"KL to BoN after training, N = {n}", ylim=(0, None))
-    for ax in axes:
-        ax.set(xlabel="M, reference samples a prompt")
-        ax.set_xticks(ms, ms)
-        ax.minorticks_off()
-    save(fig, path)
-
-
-def save(fig, path: Path) -> None:
-    """A figure as a PNG, whole or not at all."""
-    picture = io.BytesIO()
-    fig.savefig(picture, format="png", dpi=150)
-    write(path, picture.getvalue())
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The five stages for each seed, straight down, then what was found."""
-    args, began = parse(argv), time.time()
-    s, out = settings(args), Path(args.out)
-    device, reviews = prepare(args)
-    made_by = dict(device=device.type, data=digest(reviews) if args.data else "built-in", **s)
-    methods = [m for m in NAMES if m in {"ref", "bon", *args.method}
-               or m == "soft-bon" and "kl-rl" in args.method]
-    rows, text, held_rewards = [], "", []
-    for seed in dict.fromkeys(args.seed):
-        w = stages_1_to_3(args, s, seed, device, reviews)
-        room = w.reference.config["block_size"]
-        if args.sample and len(w.encoding.encode_ordinary(args.sample)) >= room:
-            usage_error(f"--sample: want fewer than {room} tokens")
-
-        if args.study:
-            for n in dict.fromkeys(args.n):
-                study_rewards(w, n)
-                study_bound(w, n)
-                study_m(n, [row for row in read_results(out / "results.jsonl")
-                            if (row["method"], row["n"]) == ("vbon", n) and all(
-                                row.get(k) == v for k, v in made_by.items() if k != "m")],
-                        out / f"m-n{n}.png")
-            continue
-
-        print("4 fine-tuning: policies that do the work of best-of-N", flush=True)
-        policies = {}
-        for n in dict.fromkeys(args.n):
-            for target in targets(w, methods, n, args.beta):
-                aim = target._replace(n=1) if target.method == "kl-rl" else target
-                name = f"{label(aim).replace(' ', '-')}-seed{seed}-{digest(w.key, upto(s, 'lr'))}"
-                policies.setdefault(n, {})[target] = None if target.method in DECODED else cached(
-                    out / "policies" / f"{name}.pt", lambda: build_policy(w, aim))
-
-        if args.sample is not None:
-            prompt = torch.tensor([w.encoding.encode_ordinary(args.sample)] * 3, device=device)
-            for n in policies:
-                print("\n" + show_answers(w, policies[n], prompt), end="")
-            continue
-
-        print("5 evaluation on held-out prompts", flush=True)
-        curves = theory(w.held_rewards)
-        new = [row | dict(seed=seed, beta_found=args.beta is None and row["beta"] is not None)
-               for n in policies for row in evaluate(w, policies[n], curves)]
-        add_results(out / "results.jsonl", new, made_by)
-        rows += new
-        held_rewards.append(w.held_rewards)
-        text += "\n".join(f"N = {n}, seed {seed}\n\n" + show_answers(w, policies[n], w.held[:8])
-                          for n in policies)
-        write(out / "samples.txt", text.encode())
-    if not rows:
-        return
-    print_table(rows, s["m_eval"])
-    rows = [row for row in read_results(out / "results.jsonl")
-            if all(row.get(name) == value for name, value in made_by.items())]
-    trained = [row for row in rows if row["method"] not in DECODED]
-    if len({row["method"] for row in trained}) > 1:
-        print_comparison(trained)
-    plot(out / "pareto.png", rows, torch.cat(held_rewards))
-    print(f"{time.time() - began:.0f} s in all; see {out}/: pareto.png, samples.txt, results.jsonl")
 
 
 if __name__ == "__main__":

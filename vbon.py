@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Reward = Callable[[Tensor, Tensor], Tensor]    # prompt (P, T0), response (P, K, L) -> reward (P, K)
+LOGITS = 2 ** 26                               # most logits at once: bounds memory, changes nothing
 
 # ------------------------------------------------------------------------------ 1. the reward's CDF
 
@@ -73,8 +74,7 @@ def bon_logprob(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:  # (...
 
 
 def bon_logprob_bound(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:
-    """Equation (3): log N + (N-1) log F + log π_ref(y) <= log π_bon(y). Shapes as `bon_logprob`.
-    The gap closes as π_ref(y)/F goes to 0, as it does for any text longer than a few words."""
+    """Equation (3), shapes as `bon_logprob`. The gap closes as π_ref(y)/F goes to 0, as in text."""
     ref_logprob, log_cdf = _log_inputs(n, ref_logprob, log_cdf)
     return math.log(n) + _times(n - 1, log_cdf) + ref_logprob
 
@@ -99,8 +99,7 @@ def best_of_n(reward: Tensor, generator: torch.Generator | None = None,
 
 def soft_bon_logprob(ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int,
                      beta: float) -> Tensor:  # (P, K), (P, K), (P, M) -> (P, K)
-    """log(π_ref(y) · N · P(y is drawn)) of soft best-of-N, averaged over rivals: the M reference
-    rewards in groups of N-1. Wants M >> N."""
+    """log(π_ref(y) · N · P(y is drawn)), the mean over rivals: reference rewards, N-1 at a time."""
     groups = _f64(ref_rewards)[:, :ref_rewards.shape[1] // (n - 1) * (n - 1)] / beta
     rivals = groups.view(len(reward), 1, -1, n - 1).logsumexp(-1)                     # (P, 1, B)
     drawn = F.logsigmoid(_f64(reward)[..., None] / beta - rivals)                      # (P, K, B)
@@ -146,10 +145,9 @@ def leave_one_out(score: Tensor) -> Tensor:  # (P, K) -> (P, K)
 
 
 def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (P, K) -> ()
-    """A surrogate whose *gradient* is that of KL(π_θ || target), y ~ π_θ: (6). Its value means
-    nothing; watch the KL. The score stays in one bracket, because it is its own control variate:
-    as π_θ nears the target it tends to a constant, and the noise to zero.
-    Raises ValueError for wrong shapes, K < 2, or a score that is not finite."""
+    """A surrogate whose *gradient* is that of KL(π_θ || target), y ~ π_θ: (6); its value means
+    nothing. The score stays in one bracket, as its own control variate: when π_θ nears the target
+    it tends to a constant, and the noise to zero. ValueError for K < 2, or what is not finite."""
     if logprob.shape != log_target.shape:
         raise ValueError(f"want (P, K) twice, got {[*logprob.shape]}, {[*log_target.shape]}")
     logprob = _f64(logprob)
@@ -203,8 +201,7 @@ def grow(target: Target, step: int, steps: int) -> Target:
 
 def response_mask(response: Tensor, eot: int) -> Tensor:  # (..., L) -> (..., L)
     """True up to and including the first end-of-text token: the one mask of this project."""
-    ended = response == eot
-    return ended.cumsum(-1) - ended.long() == 0
+    return (ended := response == eot).cumsum(-1) - ended.long() == 0
 
 
 def sample(model, prompt: Tensor, k: int, length: int, generator: torch.Generator,
@@ -224,9 +221,8 @@ def response_logprob(model, prompt: Tensor, response: Tensor) -> Tensor:
 
 
 def response_kl(policy, reference, prompt: Tensor, response: Tensor) -> Tensor:
-    """Σ_t KL(π_θ(·|x, y_<t) || π_ref(·|x, y_<t)) (P, K), nats: for y ~ π_θ an unbiased estimate of
-    KL(π_θ || π_ref), never negative and less noisy than log π_θ(y) - log π_ref(y). For reporting
-    alone: its own gradient is biased, since how y was sampled depends on θ too."""
+    """Σ_t KL(π_θ(·|x, y_<t) || π_ref(·|x, y_<t)) (P, K), nats: for y ~ π_θ an unbiased, quieter
+    estimate of KL(π_θ || π_ref). To report, not to differentiate: y was sampled by θ too."""
     sums = []
     for tokens, _, where in _rows(prompt, response, policy.eot):
         log_p, log_q = (model(tokens, where=where).log_softmax(-1) for model in (policy, reference))
@@ -234,12 +230,13 @@ def response_kl(policy, reference, prompt: Tensor, response: Tensor) -> Tensor:
     return torch.cat(sums).view(response.shape[:2])
 
 
-def _rows(prompt: Tensor, response: Tensor, eot: int, rows: int = 1024) -> Iterator[tuple]:
+def _rows(prompt: Tensor, response: Tensor, eot: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Prompts joined to responses, some rows at a time: tokens (R, T), the tokens after them, and
     where those are the response's, end-of-text included."""
     (P, K, _), before = response.shape, prompt.shape[1] - 1
     tokens = torch.cat([prompt[:, None].expand(P, K, -1), response], -1).flatten(0, 1)   # (P·K, T)
     mask = F.pad(response_mask(response, eot).flatten(0, 1), (before, 0))              # (P·K, T-1)
+    rows = max(1, LOGITS // (tokens.shape[1] * (eot + 1)))
     for tokens, where in zip(tokens.split(rows), mask.split(rows)):
         T = int(where.any(0).nonzero().max()) + 1                           # no need to run further
         yield tokens[:, :T], tokens[:, 1:T + 1], where[:, :T]
@@ -261,28 +258,32 @@ def winners(ref_rewards: Tensor, n: int, k: int, generator: torch.Generator) -> 
 def update(policy, reference, optimizer: torch.optim.Optimizer, reward_fn: Reward, target: Target,
            prompt: Tensor, ref_response: Tensor, ref_rewards: Tensor, k: int,
            generator: torch.Generator) -> dict[str, float]:
-    """One step of any method, on k responses to each prompt (P, T0): REINFORCE on the policy's own
-    and, for a method with a forward share, maximum likelihood on winners of best-of-n among the
-    cached ref_response (P, M, L) with ref_rewards (P, M). Returns what to watch."""
-    forward, length = FORWARD.get(target.method, 0.0), ref_response.shape[-1]
-    won, loss, seen = round(forward * k), 0.0, {}
-    if won < k:
-        response, sampled = sample(policy, prompt, k - won, length, generator)  # y ~ π_θ  (P, K, L)
-        with torch.no_grad():
-            reward = reward_fn(prompt, response)                                            # (P, K)
-            ref_logprob = response_logprob(reference, prompt, response)                     # (P, K)
-            goal = log_target(target, ref_logprob, reward, ref_rewards)                     # (P, K)
-        loss = (1 - forward) * reverse_kl_loss(response_logprob(policy, prompt, response), goal)
-        seen = dict(win_rate=win_rate(reward, ref_rewards).mean().item(),
-                    kl_ref=(_f64(sampled) - ref_logprob).mean().item(),
-                    kl_target=(_f64(sampled) - goal).mean().item())
-    if won:
-        best = winners(ref_rewards, target.n, won, generator)                           # (P, won)
-        best = ref_response.gather(1, best.to(prompt.device)[..., None].expand(-1, -1, length))
-        nll = -response_logprob(policy, prompt, best).mean()
-        loss, seen = loss + forward * nll, seen | dict(nll=nll.item())
-    optimizer.zero_grad()
-    loss.backward()
+    """One step of any method, on k responses to each prompt (P, T0): REINFORCE on its own and, with
+    a forward share, maximum likelihood on winners of best-of-n among the cached ref_response
+    (P, M, L) with ref_rewards (P, M). Returns what to watch."""
+    forward, L, seen = FORWARD.get(target.method, 0.0), ref_response.shape[-1], {}
+    won = round(forward * k)
+    size = max(1, LOGITS // (k * (prompt.shape[1] + L) * (policy.eot + 1)))     # prompts at a time:
+    optimizer.zero_grad()                                  # exact, since each has its own baseline
+    for x, cached, refs in zip(*(y.split(size) for y in (prompt, ref_response, ref_rewards))):
+        loss, watch = 0.0, {}
+        if won < k:
+            response, logprob = sample(policy, x, k - won, L, generator)        # y ~ π_θ  (P, K, L)
+            with torch.no_grad():
+                reward = reward_fn(x, response)                                             # (P, K)
+                ref_logprob = response_logprob(reference, x, response)                      # (P, K)
+                goal = log_target(target, ref_logprob, reward, refs)                        # (P, K)
+            loss = (1 - forward) * reverse_kl_loss(response_logprob(policy, x, response), goal)
+            watch = dict(win_rate=win_rate(reward, refs), kl_ref=_f64(logprob) - ref_logprob,
+                         kl_target=_f64(logprob) - goal)
+        if won:
+            best = winners(refs, target.n, won, generator).to(x.device)                 # (P, won)
+            best = cached.gather(1, best[..., None].expand(-1, -1, L))               # (P, won, L)
+            watch["nll"] = -response_logprob(policy, x, best)
+            loss = loss + forward * watch["nll"].mean()
+        share = len(x) / len(prompt)
+        (share * loss).backward()
+        seen = {name: seen.get(name, 0.0) + share * v.mean().item() for name, v in watch.items()}
     optimizer.step()
     return seen
 
@@ -307,7 +308,6 @@ def metrics(n: int, logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_re
         row[name], row[name + "_se"] = x.mean().item(), (x.std() / math.sqrt(len(x))).item()
     return row
 
-# ------------------------------------------------------------------------------------ small helpers
 
 def _f64(x: Tensor) -> Tensor:
     return x.cpu().double()                      # x as float64 on the CPU
