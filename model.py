@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from vbon import response_mask
 
@@ -111,8 +112,9 @@ class GPT(nn.Module):
         call (start = 0) may bring several tokens.
         """
         x = self.wte(tokens) + self.wpe.weight[start:start + tokens.shape[1]]
-        for i, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache[i], start)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):     # logits: float32
+            for i, block in enumerate(self.h):
+                x = block(x, None if cache is None else cache[i], start)
         return self.ln_f(x if where is None else x[where]) @ self.wte.weight.T
 
     def new_cache(self, rows: int, length: int) -> list[Tensor]:
@@ -122,6 +124,7 @@ class GPT(nn.Module):
         return [self.wte.weight.new_empty(shape) for _ in self.h]
 
     @torch.no_grad()
+    @parametrize.cached()
     def generate(self, prompt: Tensor, length: int,
                  generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Sample one response to each prompt: ids (B, T0) -> ids (B, length), log-prob (B,).
@@ -179,7 +182,7 @@ class GPT(nn.Module):
                 raise ValueError("lm_head.weight: want the same as wte.weight")
         except Exception as error:                                # a stranger's files: anything
             reason = str(error).partition("\n")[0].partition(". ")[0]
-            raise ValueError(f"{source}: no usable GPT-2: {type(error).__name__}: {reason}") from None
+            raise ValueError(f"{source}: no sound GPT-2: {type(error).__name__}: {reason}") from None
         model.load_state_dict(got, assign=True)
         return model
 

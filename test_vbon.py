@@ -537,7 +537,7 @@ def test_classifier_learns_sentiment_and_ignores_what_follows_the_end():
     tokens = encode(encoding, [text for text, _ in reviews], 40)
     labels = torch.tensor([label for _, label in reviews])
     g = torch.Generator().manual_seed(0)
-    model = train_classifier(tokens[500:], labels[500:], 511, range(4), g)
+    model = train_classifier(tokens[500:], labels[500:], 512, range(4), g)
     with torch.no_grad():
         assert ((model(tokens[:500]) > 0) == labels[:500]).float().mean() > 0.8
         good, bad = encode(encoding, ["i loved it . superb .", "i hated it . awful ."], 40)
@@ -545,7 +545,7 @@ def test_classifier_learns_sentiment_and_ignores_what_follows_the_end():
         longer = torch.cat([tokens[:9], torch.full((9, 7), 511)], 1)
         assert torch.allclose(model(tokens[:9]), model(longer), atol=1e-5)
         assert torch.equal(model.reward(good[None, :4], good[None, None, 4:])[0], model(good[None]))
-    assert Classifier(511)(tokens[:3]).tolist() == [0, 0, 0]
+    assert Classifier(512)(tokens[:3]).tolist() == [0, 0, 0]
 
 
 def test_builtin_reviews_are_as_described():

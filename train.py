@@ -34,7 +34,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import vbon
 from assets import figures
@@ -54,14 +55,14 @@ def settings(args: argparse.Namespace, reviews: list | None) -> dict:
              lm_steps=1000, lm_batch=64, lm_lr=6e-3,                      # 1 reference model
              epochs=4,                                                    # 2 reward
              held_prompts=64, m_eval=512, prompts=512, m=64,              # 3 reference samples
-             steps=90, batch=64, k=8, lr=7e-4,                            # 4 fine-tuning
+             steps=90, batch=64, k=8, rank=4, lr=5e-3,                            # 4 fine-tuning
              samples=64)                                                  # 5 evaluation
     if reviews:                          # real text has more entropy: more of everything
         s |= dict(vocab=2048, length=28, reviews=len(reviews), lm_steps=min(2500, len(reviews) // 4),
-                  lm_lr=3e-3, epochs=6, m=128, steps=250, lr=3e-4)
+                  lm_lr=3e-3, epochs=6, m=128, steps=400)
     if args.init:
         s |= dict(lm_steps=min(500, len(reviews or "") // 32 + 10), lm_lr=5e-5, prompts=256, m=64,
-                  held_prompts=32, steps=250, lr=1e-5)
+                  held_prompts=32, steps=250)
     if args.quick:
         s |= dict(vocab=400, width=32, reviews=600, lm_steps=10, epochs=1, held_prompts=8,
                   m_eval=64, prompts=8, m=16, steps=3, batch=4, k=4, samples=8)
@@ -279,7 +280,7 @@ def build_reward(s: dict, seed: int, device: torch.device, reviews: list, encodi
     tokens = encode(encoding, texts, s["prompt_tokens"] + s["length"]).to(device)
     labels = torch.tensor(labels, device=device)
     held = max(16, len(tokens) // 20)
-    model = train_classifier(tokens[held:], labels[held:], encoding.eot_token,
+    model = train_classifier(tokens[held:], labels[held:], encoding.n_vocab,
                              track("epoch", range(s["epochs"])), generator("cpu", seed, "classifier"))
     with torch.no_grad():
         right = (model(tokens[:held]) > 0) == (labels[:held] > 0)
@@ -307,7 +308,7 @@ def build_world(args: argparse.Namespace, s: dict, seed: int, device: torch.devi
     print("2 reward: a sentiment classifier's logit", flush=True)
     saved = cached(cache / f"reward-{digest(key, stage['epochs'])}.pt",
                    lambda: build_reward(s, seed, device, reviews, encoding))
-    classifier = Classifier(encoding.eot_token).to(device)
+    classifier = Classifier(encoding.n_vocab).to(device)
     classifier.load_state_dict(saved["weights"])
     print(f"  held-out accuracy: {saved['accuracy']:.3f}")
 
@@ -381,24 +382,51 @@ def label(target: Target) -> str:
         f" beta={target.beta:g}" if target.beta else "")
 
 
+class LowRank(nn.Module):
+    """A weight W plus a trained product B A of low rank (LoRA, arXiv 2106.09685). The noise of
+    REINFORCE costs KL in proportion to the number of parameters; few go a long way."""
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator):
+        super().__init__()
+        rows, columns = weight.shape
+        self.a = nn.Parameter(torch.randn(rank, columns, generator=generator) / math.sqrt(columns))
+        self.b = nn.Parameter(torch.zeros(rows, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.b @ self.a
+
+
+def low_rank(model: GPT, rank: int, generator: torch.Generator) -> list[nn.Parameter]:
+    """Make all matrices but the positions' trainable in a few directions only; what to train."""
+    model.requires_grad_(False)
+    added = []
+    for module in [model.wte, *(m for m in model.modules() if isinstance(m, nn.Linear))]:
+        added.append(LowRank(module.weight, rank, generator).to(module.weight.device))
+        parametrize.register_parametrization(module, "weight", added[-1])
+    return [p for module in added for p in module.parameters()]
+
+
 def build_policy(w: World, target: Target, checkpoint: Path) -> dict:
     """Stage 4: the reference, fine-tuned towards a target. Goes on from the checkpoint, if any:
     every step has its own random numbers, so that the outcome is the same to the last bit."""
     s, start, watch = w.s, time.time(), {}
     steps = s["steps"] * (3 if target.n > 8 else 1)        # far from π_ref, what is poor is rare
     policy = load_gpt(dict(config=w.reference.config, weights=w.reference.state_dict()), w.device)
-    optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.99), fused=True)
+    trained = low_rank(policy, s["rank"], generator("cpu", w.seed, "low rank"))
+    optimizer = torch.optim.Adam(trained, betas=(0.9, 0.99), fused=True)
     if RANKS > 1:
         optimizer.register_step_pre_hook(average_gradients)
     saved = load(checkpoint) or dict(step=0, seconds=0.0)
     if saved["step"]:
-        policy.load_state_dict(saved["weights"])
+        with torch.no_grad():
+            [p.copy_(x) for p, x in zip(trained, saved["trained"])]
         optimizer.load_state_dict(saved["optimizer"])
         print(f"  {label(target)}: on from step {saved['step']}", flush=True)
     due = time.time()
     for step in track(label(target), range(saved["step"], steps), watch):
         late = max(0.0, 2 * step / steps - 1)                    # flat, then half a cosine
-        optimizer.param_groups[0]["lr"] = s["lr"] * (1 + math.cos(math.pi * late)) / 2
+        lr = min(s["lr"], 0.5 / steps) * (1 + math.cos(math.pi * late)) / 2
+        optimizer.param_groups[0]["lr"] = lr
         order = torch.randperm(len(w.prompt), generator=generator("cpu", w.seed, *target, step))
         rows = order[:s["batch"]][RANK::RANKS]
         watch |= vbon.update(policy, w.reference, optimizer, w.reward_fn,
@@ -408,8 +436,12 @@ def build_policy(w: World, target: Target, checkpoint: Path) -> dict:
         now = time.time()
         if RANK == 0 and now > due:                      # at most a twentieth of the time for it
             save(checkpoint, dict(step=step + 1, seconds=saved["seconds"] + now - start,
-                                  weights=policy.state_dict(), optimizer=optimizer.state_dict()))
+                                  trained=[p.data for p in trained],
+                                  optimizer=optimizer.state_dict()))
             due = time.time() + 20 * (time.time() - now)
+    for module in policy.modules():
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight")         # W + B A is the new W
     return dict(config=policy.config, weights=policy.state_dict(),
                 seconds=saved["seconds"] + time.time() - start)
 
@@ -451,6 +483,8 @@ def main(argv: list[str] | None = None) -> None:
     args, began = parse(argv), time.time()
     out, (device, reviews, start) = Path(args.out), prepare(args)
     s = settings(args, reviews)
+    if s["batch"] % RANKS:
+        usage_error(f"{s['batch']} prompts a step cannot be shared by {RANKS} processes")
     made_by = dict(device=device.type, ranks=RANKS, init=args.init and digest(start[0].state_dict()),
                    data=digest(reviews) if args.data else "built-in", **s)
     methods = [m for m in figures.NAMES if m in {"ref", "bon", *args.method}
