@@ -5,8 +5,10 @@
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from decimal import Decimal, getcontext
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 import tiktoken._educational
 import torch
 
+import train
 import vbon
 from assets.figures import frontier_shares, theory
 from model import GPT, lm_loss, train_lm
@@ -427,6 +430,58 @@ def test_cached_attention_is_full_attention_and_looks_only_back():
         assert torch.allclose(model(changed)[:, :7], full[:, :7], atol=1e-5)
 
 
+def test_chunks_change_nothing(monkeypatch):
+    """Scores and, where no draw is involved (best of one cached response), the update itself."""
+    g = torch.Generator().manual_seed(0)
+    prompt, whole = torch.randint(0, 19, (6, 3), generator=g), []
+    cached, logprob = vbon.sample(small_gpt(), prompt, 1, 9, g)
+    for logits in (2 ** 26, 20 * 12 * 2):
+        monkeypatch.setattr(vbon, "LOGITS", logits)
+        assert torch.allclose(vbon.response_logprob(small_gpt(), prompt, cached), logprob.double(),
+                              atol=2e-4)
+        policy = small_gpt()
+        seen = vbon.update(policy, None, torch.optim.SGD(policy.parameters(), 0.1), None,
+                           Target("bon-sft", 2), prompt, cached, torch.zeros(6, 1), 2, g)
+        assert seen["nll"] == pytest.approx(-logprob.mean().item(), abs=1e-4)
+        whole.append(torch.cat([p.flatten() for p in policy.parameters()]))
+    assert torch.allclose(*whole, atol=1e-5) and not torch.allclose(
+        whole[0], torch.cat([p.flatten() for p in small_gpt().parameters()]), atol=1e-3)
+
+
+def test_low_rank_updates_are_of_low_rank():
+    policy, tokens = small_gpt(), torch.arange(12)[None]
+    trained = train.low_rank(policy, 2, torch.Generator().manual_seed(0))
+    assert torch.equal(policy(tokens), small_gpt()(tokens))                   # starts at π_ref
+    assert sum(p.requires_grad for p in policy.parameters()) == len(trained) == 2 * (1 + 4 * 2)
+    optimizer = torch.optim.Adam(trained, lr=0.01)
+    for _ in range(3):
+        policy(tokens).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        after = policy(tokens)
+    plain = GPT(**policy.config)
+    plain.load_state_dict(train.merge(policy))
+    assert torch.allclose(plain(tokens), after, atol=1e-4) and not torch.allclose(
+        after, small_gpt()(tokens), atol=1e-2)
+    for (name, new), old in zip(plain.state_dict().items(), small_gpt().state_dict().values()):
+        change = torch.linalg.matrix_rank((new - old).double(), atol=1e-4).item() if (
+            new.dim() == 2) else (new != old).sum().item()
+        assert change == (2 if new.dim() == 2 and "wpe" not in name else 0), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+def test_cuda_agrees_with_the_cpu():
+    g = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, 19, (6, 3), generator=g)
+    response, _ = vbon.sample(small_gpt(), prompt, 50, 9, g)
+    there = small_gpt().cuda()
+    scored = vbon.response_logprob(there, prompt.cuda(), response.cuda())
+    assert torch.allclose(vbon.response_logprob(small_gpt(), prompt, response), scored, atol=0.3)
+    drawn, logprob = vbon.sample(there, prompt.cuda(), 2000, 9, torch.Generator("cuda"))
+    again = vbon.response_logprob(small_gpt(), prompt, drawn.cpu())                   # bfloat16
+    assert logprob.mean().item() == pytest.approx(again.mean().item(), abs=0.05)
+
+
 def test_grow_ends_at_the_target():
     grown = [vbon.grow(Target("vbon", 16), step, 10) for step in range(10)]
     assert [target.n for target in grown] == [2, 4, 8] + 7 * [16] and grown[-1].beta is None
@@ -501,6 +556,130 @@ def test_bad_arguments_are_refused(call):
     with pytest.raises(ValueError, match="."):
         call()
 
+# ------------------------------------------------------------------------------- GPT-2's own files
+
+CONFIG = dict(vocab_size=50, n_positions=12, n_embd=16, n_layer=3, n_head=4,
+              activation_function="gelu_new", layer_norm_epsilon=1e-5)
+
+
+def gpt2_weights(scale=0.3):
+    """Random tensors under the names and shapes of a GPT-2 checkpoint."""
+    g = torch.Generator().manual_seed(0)
+    shapes = {"wte.weight": (50, 16), "wpe.weight": (12, 16), "ln_f.weight": (16,),
+              "ln_f.bias": (16,)}
+    for i in range(3):
+        for name, shape in {"ln_1": (16,), "attn.c_attn": (16, 48), "attn.c_proj": (16, 16),
+                            "ln_2": (16,), "mlp.c_fc": (16, 64), "mlp.c_proj": (64, 16)}.items():
+            shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[-1:]}
+    return {name: scale * torch.randn(shape, generator=g) for name, shape in shapes.items()}
+
+
+def numpy_gpt2(w, tokens):
+    """GPT-2's logits (T, V), written down a second time, in float64."""
+    w = {name: x.double().numpy() for name, x in w.items()}
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * w[name + ".weight"] + w[name + ".bias"]
+
+    x, T = w["wte.weight"][tokens] + w["wpe.weight"][:len(tokens)], len(tokens)
+    for h in ("h.0.", "h.1.", "h.2."):
+        qkv = norm(x, h + "ln_1") @ w[h + "attn.c_attn.weight"] + w[h + "attn.c_attn.bias"]
+        out = []
+        for head in range(4):
+            q, k, v = (qkv[:, 16 * part + 4 * head:][:, :4] for part in range(3))
+            score = np.where(np.tri(T, dtype=bool), q @ k.T / 2, -np.inf)
+            prob = np.exp(score - score.max(-1, keepdims=True))
+            out.append(prob / prob.sum(-1, keepdims=True) @ v)
+        x = x + np.concatenate(out, -1) @ w[h + "attn.c_proj.weight"] + w[h + "attn.c_proj.bias"]
+        u = norm(x, h + "ln_2") @ w[h + "mlp.c_fc.weight"] + w[h + "mlp.c_fc.bias"]
+        u = 0.5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u ** 3)))
+        x = x + u @ w[h + "mlp.c_proj.weight"] + w[h + "mlp.c_proj.bias"]
+    return norm(x, "ln_f") @ w["wte.weight"].T
+
+
+def save_gpt2(folder, weights, config=CONFIG, safetensors=False):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if not safetensors:
+        return torch.save(weights, folder / "pytorch_model.bin")
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, x in weights.items():
+        part = x.numpy().tobytes()
+        header[name] = dict(dtype="F32", shape=[*x.shape],
+                            data_offsets=[len(data), len(data) + len(part)])
+        data += part
+    head = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + data)
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.3])
+def test_gpt2_checkpoints_give_gpt2_logits(tmp_path, scale):
+    weights, tokens = gpt2_weights(scale), [3, 1, 4, 1, 5, 9, 2, 6]
+    truth = numpy_gpt2(weights, tokens)
+    extra = {"transformer." + name: x for name, x in weights.items()} | {
+        "lm_head.weight": weights["wte.weight"], "transformer.h.0.attn.bias": torch.ones(1, 1, 12, 12)}
+    for number, (saved, safe) in enumerate(itertools.product((weights, extra), (False, True))):
+        save_gpt2(tmp_path / str(number), saved, safetensors=safe)
+        with torch.no_grad():
+            logits = GPT.from_pretrained(str(tmp_path / str(number)))(torch.tensor([tokens]))[0]
+        assert np.abs(logits.numpy() - truth).max() < 1e-5 * np.abs(truth).max()
+    save_gpt2(tmp_path / "0", weights, CONFIG | dict(activation_function="relu"))
+    other = GPT.from_pretrained(str(tmp_path / "0"))(torch.tensor([tokens]))[0].detach().numpy()
+    assert np.abs(other - truth).max() > 1e-3 * np.abs(truth).max()
+
+
+class Code:
+    """What a hostile pickle does when it is loaded as an object."""
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def test_unsound_gpt2_checkpoints_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    w, name = gpt2_weights(), "h.1.mlp.c_fc.weight"
+    for bad in (w | {name: w[name].T}, w | {name: w[name][:-1]}, w | {"other": torch.zeros(3)},
+                {n: x for n, x in w.items() if n != name}, w | {"lm_head.weight": 2 * w["wte.weight"]},
+                w | {name: Code()}, w | {name: 3}, [1, 2], {}):
+        save_gpt2(tmp_path / "x", bad)
+        with pytest.raises(ValueError, match="x: no sound GPT-2") as error:
+            GPT.from_pretrained("x")
+        assert "\n" not in str(error.value) and not (tmp_path / "executed").exists()
+    for config in ({"n_embd": 16}, CONFIG | dict(activation_function="step"), CONFIG | dict(n_head=3),
+                   CONFIG | dict(scale_attn_by_inverse_layer_idx=True), CONFIG | dict(n_layer=2)):
+        save_gpt2(tmp_path / "x", w, config)
+        with pytest.raises(ValueError, match="x: no sound GPT-2"):
+            GPT.from_pretrained("x")
+    for file, safe in (("pytorch_model.bin", False), ("model.safetensors", True)):
+        save_gpt2(tmp_path / "x", w, safetensors=safe)
+        content = (tmp_path / "x" / file).read_bytes()
+        for length in (0, 5, 100, len(content) - 1):
+            (tmp_path / "x" / file).write_bytes(content[:length])
+            with pytest.raises(ValueError, match="x: no sound GPT-2"):
+                GPT.from_pretrained("x")
+
+
+def test_gpt2_vocabulary_comes_from_its_own_folder(tmp_path):
+    """Merges are written as GPT-2 does, bytes as printable characters; two folders, no mix-up."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    order = printable + [b for b in range(256) if b not in printable]
+    letter = {b: chr(b) if b in printable else chr(256 + order.index(b) - len(printable))
+              for b in order}
+    for word in ("ab", " c"):
+        ids = {letter[b]: i for i, b in enumerate(order)}
+        left, right = (letter[b] for b in word.encode())
+        ids |= {left + right: 256, "<|endoftext|>": 257}
+        (tmp_path / "vocab.json").write_text(json.dumps(ids))
+        (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{left} {right}\n")
+        encoding = pretrained_encoding(str(tmp_path))
+        assert encoding.n_vocab == 258 and encoding.eot_token == 257
+        assert encoding.encode_ordinary(word) == [256] and len(encoding.encode_ordinary("xy")) == 2
+        for text in ODD:
+            assert encoding.decode(encoding.encode_ordinary(text)) == text
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nx y\n")
+    with pytest.raises(ValueError, match="no GPT-2 vocabulary"):
+        pretrained_encoding(str(tmp_path))
+
 # ------------------------------------------------------------------------- tokenizer, model, reward
 
 ODD = ["", " ", "a film", "naïve café", "日本語の映画", "🎬🍿", "tabs\t\n\n  and\r\n",
@@ -556,7 +735,7 @@ def test_builtin_reviews_are_as_described():
 
 # ----------------------------------------------------------------------------------------- train.py
 
-def train(*args, cwd, program="train.py"):
+def run(*args, cwd, program="train.py"):
     done = subprocess.run([sys.executable, HERE / program, *map(str, args)], cwd=cwd, text=True,
                           capture_output=True, timeout=120)
     return done.returncode, done.stdout, done.stderr
@@ -567,7 +746,7 @@ def results(folder):
 
 
 def test_quick_run_its_cache_and_its_results(tmp_path):
-    code, text, error = train("--quick", "--n", 2, cwd=tmp_path)
+    code, text, error = run("--quick", "--n", 2, cwd=tmp_path)
     assert code == 0 and error == "" and "theory, N = 2" in text
     rows = results(tmp_path / "out")
     assert [row["method"] for row in rows] == ["ref", "bon", "vbon"]
@@ -581,7 +760,7 @@ def test_quick_run_its_cache_and_its_results(tmp_path):
     # another N, with a damaged stage: only that is made again, and the first result is kept
     victim = next((tmp_path / "out/cache").glob("reward-*.pt"))
     victim.write_bytes(victim.read_bytes()[:-100] + bytes(100))
-    code, text, _ = train("--quick", "--n", 4, 2, "--method", "vbon", "bound", cwd=tmp_path)
+    code, text, _ = run("--quick", "--n", 4, 2, "--method", "vbon", "bound", cwd=tmp_path)
     assert code == 0 and text.count("corrupt") == 1 and victim.name in text
     assert text.count("already there") >= 4
     again = results(tmp_path / "out")
@@ -592,30 +771,31 @@ def test_quick_run_its_cache_and_its_results(tmp_path):
 
     # every method, two seeds; β as given, or found so that its optimum is as far as best-of-n
     methods = ["vbon", "bound", "kl-rl", "bon-sft", "bond"]
-    code, text, error = train("--quick", "--n", 2, "--seed", 0, 1, "--method", *methods,
-                              cwd=tmp_path)
+    code, text, error = run("--quick", "--n", 2, "--seed", 0, 1, "--method", *methods,
+                            cwd=tmp_path)
     assert code == 0 and error == "" and "frontier" in text
     rows = [row for row in results(tmp_path / "out") if row["n"] == 2 and row["seed"] == 1]
     assert [row["method"] for row in rows] == ["ref", "bon", "soft-bon", *methods]
     for row in rows:
         assert (row["beta"] is not None) == (row["method"] in ("kl-rl", "soft-bon"))
-    code, text, error = train("--quick", "--n", 2, "--method", "kl-rl", "--beta", 0.5, 2,
-                              cwd=tmp_path)
+    code, text, error = run("--quick", "--n", 2, "--method", "kl-rl", "--beta", 0.5, 2,
+                            cwd=tmp_path)
     assert code == 0 and error == ""
     given = [row["beta"] for row in results(tmp_path / "out")[-4:]]
     assert given == [0.5, 2, 0.5, 2]
 
-    code, text, error = train("--quick", "--n", 2, cwd=tmp_path, program="assets/figures.py")
+    code, text, error = run("--quick", "--n", 2, cwd=tmp_path, program="assets/figures.py")
     assert code == 0 and error == "" and (tmp_path / "out/m-n2.png").exists()
     assert "probability" in text and "RMSE" in text
 
-    code, text, _ = train("--quick", "--n", 2, "--sample", "i watched this", cwd=tmp_path)
+    code, text, _ = run("--quick", "--n", 2, "--sample", "i watched this", cwd=tmp_path)
     assert code == 0 and text.count("i watched this ...") == 3 and "best of 2" in text
-    code, _, error = train("--quick", "--n", 2, "--sample", "words " * 99, cwd=tmp_path)
+    code, _, error = run("--quick", "--n", 2, "--sample", "words " * 99, cwd=tmp_path)
     assert code == 2 and error.count("\n") == 1
 
 
-def test_wrong_usage_is_status_2_and_one_line(tmp_path):
+def test_wrong_usage_is_status_2_and_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     for name, pos, neg in (("one", "good\n" * 200, None), ("few", "good\n", "bad\n"),
                            ("empty", "", ""), ("latin", "caf\xe9\n", "bad\n")):
@@ -625,22 +805,50 @@ def test_wrong_usage_is_status_2_and_one_line(tmp_path):
                 (tmp_path / name / f"{label}.txt").write_bytes(text.encode("latin1"))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/results.jsonl").write_text("not json\n")
-    wrong = [["--n", "0"], ["--n", "2.5"], ["--beta", "nan"],
-             ["--method", "dpo"], ["--nonsense"], ["--data", "nowhere"], ["--data", "one"],
-             ["--data", "few"], ["--data", "empty"], ["--data", "latin"], ["--device", "abacus"],
-             ["--out", "file"], ["--out", "broken"], ["--sample", " "]]
-    processes = []
-    for args in wrong:
-        processes.append(subprocess.Popen([sys.executable, HERE / "train.py", "--quick", *args],
-                                          cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-                                          stderr=subprocess.PIPE))
-        if len(processes) % 3 == 0:
-            [p.wait() for p in processes]
-    for args, process in zip(wrong, processes):
-        _, error = process.communicate(timeout=60)
-        assert process.returncode == 2 and error.startswith("train.py: error:"), (args, error)
+    for args in (["--n", "0"], ["--n", "2.5"], ["--beta", "nan"], ["--method", "dpo"],
+                 ["--nonsense"], ["--data", "nowhere"], ["--data", "one"], ["--data", "few"],
+                 ["--data", "empty"], ["--data", "latin"], ["--device", "abacus"],
+                 ["--out", "file"], ["--out", "broken"], ["--sample", " "], ["--init", "few"],
+                 ["--init", "nowhere"]):
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--quick", *args])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("train.py: error:"), (args, error)
         assert error.count("\n") == 1, error
     assert (tmp_path / "broken/results.jsonl").read_text() == "not json\n"
+    assert run("--n", 0, cwd=tmp_path)[0] == 2
+
+
+def without_seconds(folder):
+    return [{key: value for key, value in row.items() if key != "seconds"}
+            for row in results(folder)]
+
+
+def test_killed_run_ends_with_the_same_numbers(tmp_path):
+    args = ["--quick", "--n", 2, "--steps", 40, "--method", "bond"]
+    assert run(*args, cwd=tmp_path)[0] == 0
+    whole = without_seconds(tmp_path / "out")
+    killed = subprocess.Popen([sys.executable, HERE / "train.py", *map(str, args), "--out", "killed"],
+                              cwd=tmp_path, stdout=subprocess.DEVNULL)
+    while killed.poll() is None and not [*tmp_path.glob("killed/policies/*.checkpoint")]:
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() != 0
+    code, text, _ = run(*args, "--out", "killed", cwd=tmp_path)
+    assert code == 0 and "on from step" in text and without_seconds(tmp_path / "killed") == whole
+
+
+def test_two_processes_draw_what_one_draws(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    for count in (1, 2):
+        done = subprocess.run([*torchrun, str(count), "--", HERE / "train.py", "--quick", "--n", "2",
+                               "--steps", "2", "--out", str(count)], cwd=tmp_path, text=True,
+                              capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0 and done.stdout.count("theory, N = 2") == 1, done.stderr
+    one, two = (without_seconds(tmp_path / count) for count in "12")
+    for a, b in zip(one[:2], two[:2]):                                # reference and best-of-N
+        assert a.pop("ranks") == 1 and b.pop("ranks") == 2 and a == b
+    assert one[2]["win_rate"] == pytest.approx(two[2]["win_rate"], abs=0.15)
 
 
 def test_own_reviews_in_both_layouts(tmp_path):

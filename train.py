@@ -406,6 +406,14 @@ def low_rank(model: GPT, rank: int, generator: torch.Generator) -> list[nn.Param
     return [p for module in added for p in module.parameters()]
 
 
+def merge(model: GPT) -> dict[str, Tensor]:
+    """The weights of a plain GPT, with W + B A in the place of W."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight")
+    return model.state_dict()
+
+
 def build_policy(w: World, target: Target, checkpoint: Path) -> dict:
     """Stage 4: the reference, fine-tuned towards a target. Goes on from the checkpoint, if any:
     every step has its own random numbers, so that the outcome is the same to the last bit."""
@@ -439,10 +447,7 @@ def build_policy(w: World, target: Target, checkpoint: Path) -> dict:
                                   trained=[p.data for p in trained],
                                   optimizer=optimizer.state_dict()))
             due = time.time() + 20 * (time.time() - now)
-    for module in policy.modules():
-        if parametrize.is_parametrized(module):
-            parametrize.remove_parametrizations(module, "weight")         # W + B A is the new W
-    return dict(config=policy.config, weights=policy.state_dict(),
+    return dict(config=policy.config, weights=merge(policy),
                 seconds=saved["seconds"] + time.time() - start)
 
 
