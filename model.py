@@ -159,9 +159,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str) -> "GPT":
-        """OpenAI's GPT-2: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl", downloaded, or a Hugging
-        Face folder. Tensors go by name: none may be missing, left over, or of another shape. No
-        pickled code is run. Raises ValueError, in one line, for anything but a sound GPT-2."""
+        """OpenAI's GPT-2: a name of `PRETRAINED`, downloaded, or a Hugging Face folder. Tensors go
+        by name: none may be missing, left over, or of another shape. No pickled code is run.
+        Raises ValueError, in one line, for anything but a sound GPT-2."""
         try:
             config, given = read_pretrained(pretrained_folder(source))
             with torch.device("meta"):                                           # no memory yet
@@ -182,7 +182,8 @@ class GPT(nn.Module):
                 raise ValueError("lm_head.weight: want the same as wte.weight")
         except Exception as error:                                # a stranger's files: anything
             reason = str(error).partition("\n")[0].partition(". ")[0]
-            raise ValueError(f"{source}: no sound GPT-2: {type(error).__name__}: {reason}") from None
+            reason = f"{type(error).__name__}: {reason}"
+            raise ValueError(f"{source}: no sound GPT-2: {reason}") from None
         model.load_state_dict(got, assign=True)
         return model
 

@@ -22,6 +22,7 @@ from vbon import response_mask
 
 Review = tuple[str, int]                                    # text, label: 1 positive, 0 negative
 MIN_REVIEWS = 100                                           # of each label
+LONGEST = 2000                                              # characters of a review that are used
 
 # ----------------------------------------------------------------------------- the built-in reviews
 
@@ -129,13 +130,13 @@ def load_reviews(folder: str) -> list[Review]:
             except UnicodeDecodeError as error:
                 raise ValueError(f"{file}: not UTF-8 text (byte {error.start})") from None
             for line in text.split("\n") if file.parent == root else [text]:
-                line = " ".join(line.replace("<br />", " ").split())
+                line = " ".join(re.sub(r"<br\s*/?>", " ", line).split())[:LONGEST]
                 if line:
-                    reviews.setdefault(line, label)
+                    reviews.setdefault(line.casefold(), (line, label))
         if len(reviews) - before < MIN_REVIEWS:
             raise ValueError(f"--data {folder}: {len(reviews) - before} different {name} reviews, "
                              f"want at least {MIN_REVIEWS}")
-    return list(reviews.items())
+    return list(reviews.values())
 
 # ---------------------------------------------------------------------------------------- tokenizer
 
@@ -183,7 +184,7 @@ def pretrained_encoding(source: str) -> tiktoken.Encoding:
     """GPT-2's tokenizer: tiktoken's own, or from merges.txt and vocab.json of a folder."""
     if source in PRETRAINED:
         return tiktoken.get_encoding("gpt2")
-    os.environ["TIKTOKEN_CACHE_DIR"] = ""           # else tiktoken may return another folder's files
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""    # else tiktoken may return another folder's files
     try:
         files = [str(Path(source, name)) for name in ("merges.txt", "vocab.json")]
         return make_encoding(tiktoken.load.data_gym_to_mergeable_bpe_ranks(*files), r50k_pat_str)

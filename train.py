@@ -21,6 +21,7 @@ Writes results.jsonl, pareto.png, samples.txt and the trained policies to --out.
 again, or another N, goes on from what is there, after a crash too.
 """
 import argparse
+import copy
 import hashlib
 import io
 import math
@@ -57,12 +58,13 @@ def settings(args: argparse.Namespace, reviews: list | None) -> dict:
              held_prompts=64, m_eval=512, prompts=512, m=64,              # 3 reference samples
              steps=90, batch=64, k=8, rank=4, lr=5e-3,                            # 4 fine-tuning
              samples=64)                                                  # 5 evaluation
-    if reviews:                          # real text has more entropy: more of everything
-        s |= dict(vocab=2048, length=28, reviews=len(reviews), lm_steps=min(2500, len(reviews) // 4),
-                  lm_lr=3e-3, epochs=6, m=128, steps=400)
-    if args.init:
-        s |= dict(lm_steps=min(500, len(reviews or "") // 32 + 10), lm_lr=5e-5, prompts=256, m=64,
-                  held_prompts=32, steps=250)
+    if reviews:                              # real text has more entropy: more of everything
+        count = len(reviews)
+        s |= dict(reviews=count, vocab=min(2048, max(512, count // 4)), length=28, lm_lr=3e-3,
+                  lm_steps=min(2500, count // 3), epochs=6, m=128, steps=400)
+    if args.init:                            # GPT-2 knows English already
+        s |= dict(lm_steps=min(300, s["reviews"] // 32), lm_lr=5e-5, held_prompts=32, prompts=256,
+                  m=64)
     if args.quick:
         s |= dict(vocab=400, width=32, reviews=600, lm_steps=10, epochs=1, held_prompts=8,
                   m_eval=64, prompts=8, m=16, steps=3, batch=4, k=4, samples=8)
@@ -83,7 +85,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "smaller goes further (default: for each N the one that takes kl-rl as far as best-of-N)")
     add("--steps", type=positive(int),
         help="updates of a policy: more land closer to π_bon (tripled for N > 8)")
-    add("--m", type=positive(int), help="reference samples per training prompt: more make a better F")
+    add("--m", type=positive(int),
+        help="reference samples per training prompt: more make a better F")
     add = parser.add_argument_group("the text and the model").add_argument
     add("--data", metavar="DIR", help="pos.txt and neg.txt, one review a line, or pos/*.txt and "
         "neg/*.txt, one review a file (default: built-in reviews)")
@@ -92,8 +95,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, nargs="+", default=[0],
         help="each seed is a repetition of everything (default: 0)")
     add = parser.add_argument_group("the run").add_argument
-    add("--sample", metavar="TEXT", help="print answers to TEXT by reference, best-of-N and policy; "
-        "trains only what is not there yet")
+    add("--sample", metavar="TEXT", help="print answers to TEXT by reference, best-of-N and "
+        "policy; trains only what is not there yet")
     add("--out", default="out", metavar="DIR", help="folder of results and cache (default: out)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--quick", action="store_true", help="all tiny: a smoke test of seconds")
@@ -119,22 +122,25 @@ def prepare(args: argparse.Namespace) -> tuple[torch.device, list | None, tuple 
     """The device, the reviews of --data, the model and vocabulary of --init. What could be wrong
     with the command is looked at here, before any work."""
     out, name = Path(args.out), args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and RANKS > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda" and RANKS > 1:
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-        try:
-            device = torch.zeros(1, device=name).device
-        except (RuntimeError, AssertionError, NotImplementedError):
-            raise ValueError(f"--device {name}: not to be had here; try --device cpu") from None
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        usage_error(f"--device {name}: not to be had here; try --device cpu")
+    try:
         if args.sample is not None and not args.sample.strip():
             raise ValueError("--sample: want a few words to continue")
         reviews = load_reviews(args.data) if args.data else None
-        start = (GPT.from_pretrained(args.init), pretrained_encoding(args.init)) if args.init else None
-        if start and start[0].config["vocab_size"] != start[1].n_vocab:
-            raise ValueError(f"--init {args.init}: the vocabulary has {start[1].n_vocab} tokens, "
-                             f"the model {start[0].config['vocab_size']}")
+        start = None
+        if args.init:
+            start = GPT.from_pretrained(args.init), pretrained_encoding(args.init)
+            sizes = start[0].config["vocab_size"], start[1].n_vocab
+            if sizes[0] != sizes[1] or start[0].config["block_size"] < 32:
+                raise ValueError(f"--init {args.init}: want 32 positions, and the same number of "
+                                 f"tokens in model and vocabulary, got {sizes}")
         for folder in ("cache", "policies"):
             (out / folder).mkdir(parents=True, exist_ok=True)
             write(out / folder / f".writable{RANK}", b"")
@@ -161,7 +167,8 @@ def track(label: str, steps: range, watch: dict[str, float] | None = None) -> It
         if live or last or (i + 1) * 4 // total > i * 4 // total:
             spent = time.time() - start
             seen = "".join(f" {name} {value:.2f}" for name, value in (watch or {}).items())
-            line = f"  {label} {i + 1}/{total}{seen}  {spent:.0f} of {spent / done * len(steps):.0f} s"
+            expected = spent / done * len(steps)
+            line = f"  {label} {i + 1}/{total}{seen}  {spent:.0f} of {expected:.0f} s"
             print(f"\r{line:<79.79}" if live else line,
                   end="" if live and not last else "\n", flush=True)
 
@@ -174,11 +181,17 @@ def generator(device: torch.device | str, *names: object) -> torch.Generator:
 
 
 def digest(*parts: object) -> str:
-    """A short name for what prints the same twice; a Path stands for the file's content."""
+    """A short name for what prints the same twice; a file and a tensor count by their content."""
     sha = hashlib.sha256(torch.__version__.encode())
-    for part in parts:
-        sha.update(part.read_bytes() if isinstance(part, Path) else repr(part).encode())
+    for x in parts:
+        sha.update(x.read_bytes() if isinstance(x, Path) else
+                   x.numpy().tobytes() if isinstance(x, Tensor) else repr(x).encode())
     return sha.hexdigest()[:12]
+
+
+def given(start: tuple | None) -> str | None:
+    """A short name for the model and the vocabulary of --init."""
+    return start and digest(start[1].token_byte_values(), *start[0].state_dict().values())
 
 
 def write(path: Path, content: bytes) -> None:
@@ -214,7 +227,7 @@ def cached(path: Path, build: Callable[[], dict]) -> dict:
     found = load(path)
     if found is None:
         save(path, build())
-        return load(path)
+        return load(path)                       # what is read again is the same to the last bit
     print(f"  already there: {path.parent.name}/{path.name}", flush=True)
     return found
 
@@ -252,7 +265,7 @@ class World(SimpleNamespace):
 def build_reference(s: dict, seed: int, device: torch.device, texts: list[str],
                     start: tuple | None) -> dict:
     """Stage 1: a tokenizer learned from the reviews and a new GPT, or GPT-2's, trained on them."""
-    model, encoding = start or (None, train_tokenizer(texts[:2000], s["vocab"]))
+    model, encoding = copy.deepcopy(start) or (None, train_tokenizer(texts[:2000], s["vocab"]))
     tokens = encode(encoding, texts, s["prompt_tokens"] + s["length"]).to(device)
     if model is None:
         model = GPT(encoding.n_vocab, tokens.shape[1], s["layers"], s["heads"], s["width"],
@@ -281,7 +294,8 @@ def build_reward(s: dict, seed: int, device: torch.device, reviews: list, encodi
     labels = torch.tensor(labels, device=device)
     held = max(16, len(tokens) // 20)
     model = train_classifier(tokens[held:], labels[held:], encoding.n_vocab,
-                             track("epoch", range(s["epochs"])), generator("cpu", seed, "classifier"))
+                             track("epoch", range(s["epochs"])),
+                             generator("cpu", seed, "classifier"))
     with torch.no_grad():
         right = (model(tokens[:held]) > 0) == (labels[:held] > 0)
     return dict(weights=model.state_dict(), accuracy=right.double().mean().item())
@@ -293,11 +307,12 @@ def build_world(args: argparse.Namespace, s: dict, seed: int, device: torch.devi
     cache, here = Path(args.out) / "cache", Path(__file__).parent
     reviews = list(reviews or builtin_reviews(s["reviews"], seed))
     random.Random(seed).shuffle(reviews)
-    stage = {last: list(s.items())[:list(s).index(last) + 1] for last in ("lm_lr", "epochs", "m_eval", "m")}
-    key = digest(seed, device.type, reviews, args.init, *[here / f"{x}.py" for x in ("model", "reward", "train")])
+    upto = {last: list(s.items())[:list(s).index(last) + 1] for last in ("lm_lr", "epochs", "m")}
+    code = [here / name for name in ("model.py", "reward.py", "train.py")]
+    key = digest(seed, device.type, reviews, given(start), *code)
 
     print(f"1 text, tokenizer, reference model: {len(reviews)} reviews", flush=True)
-    saved = cached(cache / f"reference-{digest(key, stage['lm_lr'])}.pt",
+    saved = cached(cache / f"reference-{digest(key, upto['lm_lr'])}.pt",
                    lambda: build_reference(s, seed, device, [text for text, _ in reviews], start))
     encoding = make_encoding({part.encode("latin1"): i for i, part in enumerate(saved["ranks"])},
                              saved["pattern"])
@@ -306,7 +321,7 @@ def build_world(args: argparse.Namespace, s: dict, seed: int, device: torch.devi
           f"perplexity {math.exp(saved['nats']):.1f}")
 
     print("2 reward: a sentiment classifier's logit", flush=True)
-    saved = cached(cache / f"reward-{digest(key, stage['epochs'])}.pt",
+    saved = cached(cache / f"reward-{digest(key, upto['epochs'])}.pt",
                    lambda: build_reward(s, seed, device, reviews, encoding))
     classifier = Classifier(encoding.n_vocab).to(device)
     classifier.load_state_dict(saved["weights"])
@@ -316,7 +331,7 @@ def build_world(args: argparse.Namespace, s: dict, seed: int, device: torch.devi
     w = World(s=s, seed=seed, device=device, cache=cache, encoding=encoding, reference=reference,
               reward_fn=classifier.reward, key=digest(key, RANKS, here / "vbon.py"))
     w.prompt, w.held = pick_prompts(s, reviews, encoding, device)
-    w.train = cached(cache / f"training-{digest(w.key, stage['m'])}.pt",
+    w.train = cached(cache / f"training-{digest(w.key, upto['m'])}.pt",
                      lambda: draw(w, reference, w.prompt, s["m"], "training, part", "training"))
     w.train["response"] = w.train["response"].long().to(device)
     w.held_rewards = held_out(w, 0)["reward"]
@@ -439,8 +454,8 @@ def build_policy(w: World, target: Target, checkpoint: Path) -> dict:
         rows = order[:s["batch"]][RANK::RANKS]
         watch |= vbon.update(policy, w.reference, optimizer, w.reward_fn,
                              vbon.grow(target, step, steps), w.prompt[rows.to(w.device)],
-                             w.train["response"][rows.to(w.device)], w.train["reward"][rows], s["k"],
-                             generator(w.device, w.seed, *target, step, RANK))
+                             w.train["response"][rows.to(w.device)], w.train["reward"][rows],
+                             s["k"], generator(w.device, w.seed, *target, step, RANK))
         now = time.time()
         if RANK == 0 and now > due:                      # at most a twentieth of the time for it
             save(checkpoint, dict(step=step + 1, seconds=saved["seconds"] + now - start,
@@ -490,7 +505,7 @@ def main(argv: list[str] | None = None) -> None:
     s = settings(args, reviews)
     if s["batch"] % RANKS:
         usage_error(f"{s['batch']} prompts a step cannot be shared by {RANKS} processes")
-    made_by = dict(device=device.type, ranks=RANKS, init=args.init and digest(start[0].state_dict()),
+    made_by = dict(device=device.type, ranks=RANKS, init=given(start),
                    data=digest(reviews) if args.data else "built-in", **s)
     methods = [m for m in figures.NAMES if m in {"ref", "bon", *args.method}
                or m == "soft-bon" and "kl-rl" in args.method]
@@ -528,7 +543,8 @@ def main(argv: list[str] | None = None) -> None:
             write(out / "samples.txt", text.encode())
     if rows and RANK == 0:
         figures.report(out, rows, made_by, torch.cat(held_rewards), write)
-        print(f"{time.time() - began:.0f} s in all; see {out}/: pareto.png, samples.txt, results.jsonl")
+        print(f"{time.time() - began:.0f} s in all; "
+              f"see {out}/: pareto.png, samples.txt, results.jsonl")
 
 
 def show_answers(w: World, policies: dict[Target, dict], prompt: Tensor) -> str:
