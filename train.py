@@ -6,7 +6,7 @@
     python train.py --n 4 --data DIR                  your own labelled reviews
     python train.py --n 4 --data DIR --init gpt2      from OpenAI's weights
     python train.py --n 4 --sample "i watched this"   your own words, answered three ways
-    torchrun --nproc_per_node 2 train.py --n 4        on several GPUs, or machines
+    torchrun --nproc_per_node 2 -- train.py --n 4     on several GPUs, or machines
 
 Methods, what each minimises, and its paper:
     vbon      KL(policy || best-of-N), exact                           arXiv 2407.06057, eq. (2)
@@ -28,8 +28,10 @@ import math
 import os
 import random
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,11 +62,11 @@ def settings(args: argparse.Namespace, reviews: list | None) -> dict:
              samples=64)                                                  # 5 evaluation
     if reviews:                              # real text has more entropy: more of everything
         count = len(reviews)
-        s |= dict(reviews=count, vocab=min(2048, max(512, count // 4)), length=28, lm_lr=3e-3,
-                  lm_steps=min(2500, count // 3), epochs=6, m=128, steps=400)
+        s |= dict(reviews=count, vocab=min(2048, max(512, count // 4)), lm_lr=3e-3,
+                  lm_steps=min(2000, count // 3), epochs=6, m=128, steps=600, lr=3e-3)
     if args.init:                            # GPT-2 knows English already
-        s |= dict(lm_steps=min(300, s["reviews"] // 32), lm_lr=5e-5, held_prompts=32, prompts=256,
-                  m=64)
+        s |= dict(lm_steps=min(150, s["reviews"] // 50), lm_lr=5e-5, held_prompts=32, prompts=256,
+                  m=64, steps=250)
     if args.quick:
         s |= dict(vocab=400, width=32, reviews=600, lm_steps=10, epochs=1, held_prompts=8,
                   m_eval=64, prompts=8, m=16, steps=3, batch=4, k=4, samples=8)
@@ -77,15 +79,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = usage_error
     add = parser.add_argument_group("the method").add_argument
-    add("--n", type=positive(int), nargs="+", default=[4], metavar="N",
+    add("--n", type=partial(positive, int), nargs="+", default=[4], metavar="N",
         help="the N of best-of-N: more reward, further from π_ref (default: 4)")
     add("--method", nargs="+", default=["vbon"], choices=list(figures.NAMES)[1:], metavar="METHOD",
         help="one or more of those above (default: vbon)")
-    add("--beta", type=positive(float), nargs="+", metavar="B", help="the β of kl-rl and soft-bon: "
-        "smaller goes further (default: for each N the one that takes kl-rl as far as best-of-N)")
-    add("--steps", type=positive(int),
+    add("--beta", type=partial(positive, float), nargs="+", metavar="B",
+        help="the β of kl-rl and soft-bon: smaller goes further (default: for each N the "
+        "one that takes kl-rl as far as best-of-N)")
+    add("--steps", type=partial(positive, int),
         help="updates of a policy: more land closer to π_bon (tripled for N > 8)")
-    add("--m", type=positive(int),
+    add("--m", type=partial(positive, int),
         help="reference samples per training prompt: more make a better F")
     add = parser.add_argument_group("the text and the model").add_argument
     add("--data", metavar="DIR", help="pos.txt and neg.txt, one review a line, or pos/*.txt and "
@@ -103,13 +106,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def positive(kind: type) -> Callable[[str], float]:
+def positive(kind: type, text: str) -> float:
     """A finite number above 0, for argparse."""
-    def convert(text: str) -> float:
-        if not 0 < kind(text) < math.inf:
-            raise ValueError
-        return kind(text)
-    return convert
+    if not 0 < (value := kind(text)) < math.inf:
+        raise ValueError
+    return value
 
 
 def usage_error(message: object) -> None:
@@ -143,8 +144,7 @@ def prepare(args: argparse.Namespace) -> tuple[torch.device, list | None, tuple 
                                  f"tokens in model and vocabulary, got {sizes}")
         for folder in ("cache", "policies"):
             (out / folder).mkdir(parents=True, exist_ok=True)
-            write(out / folder / f".writable{RANK}", b"")
-            (out / folder / f".writable{RANK}").unlink()
+            tempfile.TemporaryFile(dir=out / folder).close()                     # may we write?
         figures.read_results(out / "results.jsonl")
     except (OSError, ValueError) as error:
         usage_error(error)
@@ -448,8 +448,7 @@ def build_policy(w: World, target: Target, checkpoint: Path) -> dict:
     due = time.time()
     for step in track(label(target), range(saved["step"], steps), watch):
         late = max(0.0, 2 * step / steps - 1)                    # flat, then half a cosine
-        lr = min(s["lr"], 0.5 / steps) * (1 + math.cos(math.pi * late)) / 2
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = s["lr"] * (1 + math.cos(math.pi * late)) / 2
         order = torch.randperm(len(w.prompt), generator=generator("cpu", w.seed, *target, step))
         rows = order[:s["batch"]][RANK::RANKS]
         watch |= vbon.update(policy, w.reference, optimizer, w.reward_fn,
