@@ -148,7 +148,7 @@ class GPT(nn.Module):
             done = out[rows, t - 1] == eot if t else torch.zeros_like(rows, dtype=torch.bool)
             tokens[done] = eot
             out[rows, t] = tokens[:, 0]
-            logprob[rows] += prob.gather(-1, tokens)[:, 0].log() * ~done
+            logprob[rows] += prob.gather(-1, tokens)[:, 0].log().masked_fill(done, 0.0)
             alive = tokens[:, 0] != eot
             if alive.sum() < 0.9 * len(rows):
                 if not alive.any():

@@ -240,6 +240,16 @@ def test_tilt_is_the_closed_form_and_lies_above_best_of_n():
     assert got["reward"] == pytest.approx(1 / beta, abs=0.12)
     assert got["kl_ref"] == pytest.approx(0.5 / beta ** 2, abs=0.12)
 
+def test_a_bell_moved_upwards_stays_away_from_best_of_n():
+    """Rewards N(0, 1) under π_ref, N(δ, 1) under a policy: at best 0.18 nats to best of 4."""
+    z = torch.linspace(-9, 11, 4001, dtype=torch.float64)
+    log_cdf, kl = torch.special.log_ndtr(z), []
+    for delta in torch.linspace(0.8, 1.4, 61, dtype=torch.float64):
+        density = (-(z - delta) ** 2 / 2).softmax(0)
+        to_ref = delta ** 2 / 2
+        kl.append((density * (to_ref - math.log(4) - 3 * log_cdf)).sum().item())
+    assert min(kl) == pytest.approx(0.178, abs=0.001)
+
 # ---------------------------------------------------------------- 3. the objective and its gradient
 
 def test_leave_one_out():
