@@ -219,7 +219,7 @@ def load(path: Path) -> dict | None:
         print(f"  corrupt, building it again: {path}", flush=True)
         content = b""
     content = from_rank_0(content)
-    return torch.load(io.BytesIO(content[32:]), weights_only=True) if content else None
+    return torch.load(io.BytesIO(content[32:]), "cpu", weights_only=True) if content else None
 
 
 def cached(path: Path, build: Callable[[], dict]) -> dict:
@@ -441,8 +441,8 @@ def build_policy(w: World, target: Target, checkpoint: Path) -> dict:
         optimizer.register_step_pre_hook(average_gradients)
     saved = load(checkpoint) or dict(step=0, seconds=0.0)
     if saved["step"]:
-        with torch.no_grad():
-            [p.copy_(x) for p, x in zip(trained, saved["trained"])]
+        for p, x in zip(trained, saved["trained"]):
+            p.data.copy_(x)
         optimizer.load_state_dict(saved["optimizer"])
         print(f"  {label(target)}: on from step {saved['step']}", flush=True)
     due = time.time()
