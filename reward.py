@@ -112,7 +112,6 @@ def _graded(rng: random.Random, table: dict[int, str], mood: float) -> tuple[str
 def load_reviews(folder: str) -> list[Review]:
     """The reviews in `folder`, duplicates removed: pos.txt and neg.txt with one review a line, or
     pos/*.txt and neg/*.txt with one review a file (the layout of IMDB's train folder). UTF-8.
-
     Raises ValueError for anything that cannot be used, and says what is wanted.
     """
     root, reviews = Path(folder), {}
@@ -203,10 +202,8 @@ def encode(encoding: tiktoken.Encoding, texts: Iterable[str], length: int) -> Te
 
 class Classifier(nn.Module):
     """Logistic regression on the tokens, the logit of "positive": the sum of their weights over the
-    square root of their number, plus a bias.
-
-    Pairs of tokens would raise its accuracy on real reviews by some points. But most pairs that a
-    model writes are in no review; their part of the reward is noise, which no policy can learn.
+    square root of their number, plus a bias. Pairs of tokens would be right some points more often,
+    but most that a model writes are in no review: noise to the reward, which no policy can learn.
     """
 
     def __init__(self, vocab_size: int):
