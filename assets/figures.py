@@ -189,7 +189,7 @@ def plot(rows: list[dict], ref_rewards: Tensor) -> bytes:
     return png(fig)
 
 
-# ------------------------------------------------------------------------ three questions, no training
+# --------------------------------------------------------------------- three questions, no training
 
 def study_rewards(drawn: dict, ref: Tensor, targets: list[Target]) -> None:
     """Increasing transforms of the reward leave vBoN's target as it is, and nothing else."""
@@ -282,10 +282,10 @@ def report(out: Path, rows: list[dict], made_by: dict, ref_rewards: Tensor,
     write(out / "pareto.png", plot(rows, ref_rewards))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """The three questions, for each N and seed of the arguments."""
     import train
-    args = train.parse(None)
+    args = train.parse(argv)
     device, reviews, start = train.prepare(args)
     s, out = train.settings(args, reviews), Path(args.out)
     for seed in args.seed[:1]:
