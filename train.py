@@ -42,12 +42,13 @@ from torch.nn.utils import parametrize
 
 import vbon
 from assets import figures
+from assets.figures import DECODED, write
 from model import GPT, lm_loss, train_lm
 from reward import (Classifier, builtin_reviews, encode, load_reviews, make_encoding,
                     pretrained_encoding, train_classifier, train_tokenizer)
 from vbon import Target
 
-DECODED, TILTED = ("ref", "bon", "soft-bon"), ("kl-rl", "soft-bon")     # no training; with a β
+TILTED = ("kl-rl", "soft-bon")                                          # the methods with a β
 RANK, RANKS = (int(os.environ.get(name, i)) for i, name in enumerate(("RANK", "WORLD_SIZE")))
 
 # ------------------------------------------------------------------------------------- the settings
@@ -58,7 +59,7 @@ def settings(args: argparse.Namespace, reviews: list | None) -> dict:
              lm_steps=1000, lm_batch=64, lm_lr=6e-3,                      # 1 reference model
              epochs=4,                                                    # 2 reward
              held_prompts=64, m_eval=512, prompts=512, m=64,              # 3 reference samples
-             steps=90, batch=64, k=8, rank=4, lr=5e-3,                            # 4 fine-tuning
+             steps=90, batch=64, k=8, rank=4, lr=5e-3,                    # 4 fine-tuning
              samples=64)                                                  # 5 evaluation
     if reviews:                              # real text has more entropy: more of everything
         count = len(reviews)
@@ -120,8 +121,8 @@ def usage_error(message: object) -> None:
 
 
 def prepare(args: argparse.Namespace) -> tuple[torch.device, list | None, tuple | None]:
-    """The device, the reviews of --data, the model and vocabulary of --init. What could be wrong
-    with the command is looked at here, before any work."""
+    """The device, the reviews of --data, the model and vocabulary of --init and a short name for
+    them. What could be wrong with the command is looked at here, before any work."""
     out, name = Path(args.out), args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,11 +138,13 @@ def prepare(args: argparse.Namespace) -> tuple[torch.device, list | None, tuple 
         reviews = load_reviews(args.data) if args.data else None
         start = None
         if args.init:
-            start = GPT.from_pretrained(args.init), pretrained_encoding(args.init)
-            sizes = start[0].config["vocab_size"], start[1].n_vocab
-            if sizes[0] != sizes[1] or start[0].config["block_size"] < 32:
+            model, encoding = GPT.from_pretrained(args.init), pretrained_encoding(args.init)
+            sizes = model.config["vocab_size"], encoding.n_vocab
+            if sizes[0] != sizes[1] or model.config["block_size"] < 32:
                 raise ValueError(f"--init {args.init}: want 32 positions, and the same number of "
                                  f"tokens in model and vocabulary, got {sizes}")
+            name = digest(encoding.token_byte_values(), *model.state_dict().values())
+            start = model, encoding, name
         for folder in ("cache", "policies"):
             (out / folder).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=out / folder).close()                     # may we write?
@@ -187,21 +190,6 @@ def digest(*parts: object) -> str:
         sha.update(x.read_bytes() if isinstance(x, Path) else
                    x.numpy().tobytes() if isinstance(x, Tensor) else repr(x).encode())
     return sha.hexdigest()[:12]
-
-
-def given(start: tuple | None) -> str | None:
-    """A short name for the model and the vocabulary of --init."""
-    return start and digest(start[1].token_byte_values(), *start[0].state_dict().values())
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def save(path: Path, content: dict) -> None:
@@ -265,7 +253,8 @@ class World(SimpleNamespace):
 def build_reference(s: dict, seed: int, device: torch.device, texts: list[str],
                     start: tuple | None) -> dict:
     """Stage 1: a tokenizer learned from the reviews and a new GPT, or GPT-2's, trained on them."""
-    model, encoding = copy.deepcopy(start) or (None, train_tokenizer(texts[:2000], s["vocab"]))
+    model, encoding = copy.deepcopy(start[:2]) if start else (
+        None, train_tokenizer(texts[:2000], s["vocab"]))
     tokens = encode(encoding, texts, s["prompt_tokens"] + s["length"]).to(device)
     if model is None:
         model = GPT(encoding.n_vocab, tokens.shape[1], s["layers"], s["heads"], s["width"],
@@ -309,7 +298,7 @@ def build_world(args: argparse.Namespace, s: dict, seed: int, device: torch.devi
     random.Random(seed).shuffle(reviews)
     upto = {last: list(s.items())[:list(s).index(last) + 1] for last in ("lm_lr", "epochs", "m")}
     code = [here / name for name in ("model.py", "reward.py", "train.py")]
-    key = digest(seed, device.type, reviews, given(start), *code)
+    key = digest(seed, device.type, reviews, start and start[2], *code)
 
     print(f"1 text, tokenizer, reference model: {len(reviews)} reviews", flush=True)
     saved = cached(cache / f"reference-{digest(key, upto['lm_lr'])}.pt",
@@ -504,7 +493,7 @@ def main(argv: list[str] | None = None) -> None:
     s = settings(args, reviews)
     if s["batch"] % RANKS:
         usage_error(f"{s['batch']} prompts a step cannot be shared by {RANKS} processes")
-    made_by = dict(device=device.type, ranks=RANKS, init=given(start),
+    made_by = dict(device=device.type, ranks=RANKS, init=start and start[2],
                    data=digest(reviews) if args.data else "built-in", **s)
     methods = [m for m in figures.NAMES if m in {"ref", "bon", *args.method}
                or m == "soft-bon" and "kl-rl" in args.method]
@@ -532,16 +521,17 @@ def main(argv: list[str] | None = None) -> None:
 
         print("5 evaluation on held-out prompts", flush=True)
         curves = figures.theory(w.held_rewards)
-        rows += [row | dict(seed=seed, beta_found=args.beta is None and row["beta"] is not None)
-                 for n in policies for row in evaluate(w, policies[n], curves)]
+        new = [row | dict(seed=seed, beta_found=args.beta is None and row["beta"] is not None)
+               for n in policies for row in evaluate(w, policies[n], curves)]
+        rows += new
         held_rewards.append(w.held_rewards)
         text += "\n".join(f"N = {n}, seed {seed}\n\n" + show_answers(w, policies[n], w.held[:8])
                           for n in policies)
         if RANK == 0:
-            figures.add_results(out / "results.jsonl", rows, made_by, write)
+            figures.add_results(out / "results.jsonl", new, made_by)
             write(out / "samples.txt", text.encode())
     if rows and RANK == 0:
-        figures.report(out, rows, made_by, torch.cat(held_rewards), write)
+        figures.report(out, rows, made_by, torch.cat(held_rewards))
         print(f"{time.time() - began:.0f} s in all; "
               f"see {out}/: pareto.png, samples.txt, results.jsonl")
 

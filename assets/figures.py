@@ -9,9 +9,9 @@ arguments of `train.py`, uses what that has left in --out, and draws m-n*.png th
 import io
 import json
 import math
+import os
 import random
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -28,6 +28,7 @@ import matplotlib.pyplot as plt
 
 NAMES = {"ref": "reference", "bon": "best-of-N", "soft-bon": "soft best-of-N", "vbon": "vBoN",
          "bound": "vBoN bound", "kl-rl": "KL-RL", "bon-sft": "BoN-SFT", "bond": "BOND"}
+DECODED = ("ref", "bon", "soft-bon")                                              # no training
 
 
 def title(method: str, n: int) -> str:
@@ -60,6 +61,16 @@ def gaps(target: Target, row: dict, ref_rewards: Tensor, curves: dict) -> dict[s
 
 # ----------------------------------------------------------------------- tables and the two planes
 
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def read_results(path: Path) -> list[dict]:
     """The rows of results.jsonl; ValueError if the file holds anything else."""
     rows = []
@@ -71,8 +82,7 @@ def read_results(path: Path) -> list[dict]:
     return rows
 
 
-def add_results(path: Path, rows: list[dict], made_by: dict,
-                write: Callable[[Path, bytes], None]) -> None:
+def add_results(path: Path, rows: list[dict], made_by: dict) -> None:
     """Append rows to results.jsonl; one with the same settings as an older row takes its place."""
     names = ("method", "n", "beta", "seed", *made_by)
     kept = {json.dumps([row.get(name) for name in names]): row
@@ -270,34 +280,32 @@ def png(fig) -> bytes:
     return picture.getvalue()
 
 
-def report(out: Path, rows: list[dict], made_by: dict, ref_rewards: Tensor,
-           write: Callable[[Path, bytes], None]) -> None:
+def report(out: Path, rows: list[dict], made_by: dict, ref_rewards: Tensor) -> None:
     """The tables of this run, and pareto.png with all results of the same settings."""
     print_table(rows, made_by["m_eval"])
     rows = [row for row in read_results(out / "results.jsonl")
             if all(row.get(name) == value for name, value in made_by.items())]
-    trained = [row for row in rows if row["method"] not in ("ref", "bon", "soft-bon")]
+    trained = [row for row in rows if row["method"] not in DECODED]
     if len({row["method"] for row in trained}) > 1:
         print_comparison(trained)
     write(out / "pareto.png", plot(rows, ref_rewards))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The three questions, for each N and seed of the arguments."""
+    """The three questions, for each N and the first seed of the arguments."""
     import train
     args = train.parse(argv)
     device, reviews, start = train.prepare(args)
     s, out = train.settings(args, reviews), Path(args.out)
-    for seed in args.seed[:1]:
-        w = train.build_world(args, s, seed, device, reviews, start)
-        for n in args.n:
-            goals = train.targets(["vbon", "kl-rl"], n, None, w.train["reward"])
-            study_rewards(train.held_out(w, 1), w.held_rewards, goals)
-            study_bound(w.train, n)
-            rows = [row for row in read_results(out / "results.jsonl")
-                    if (row["method"], row["n"]) == ("vbon", n) and all(
-                        row.get(k) == v for k, v in s.items() if k != "m")]
-            train.write(out / f"m-n{n}.png", study_m(n, rows))
+    w = train.build_world(args, s, args.seed[0], device, reviews, start)
+    for n in args.n:
+        goals = train.targets(["vbon", "kl-rl"], n, None, w.train["reward"])
+        study_rewards(train.held_out(w, 1), w.held_rewards, goals)
+        study_bound(w.train, n)
+        rows = [row for row in read_results(out / "results.jsonl")
+                if (row["method"], row["n"]) == ("vbon", n) and all(
+                    row.get(k) == v for k, v in s.items() if k != "m")]
+        write(out / f"m-n{n}.png", study_m(n, rows))
 
 
 if __name__ == "__main__":
