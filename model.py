@@ -4,9 +4,8 @@ The network is GPT-2's (Radford et al. 2019): pre-norm blocks, learned positions
 output head tied to the token embedding. Parameters carry GPT-2's own names, so that its published
 weights load by name.
 
-What was left out, and why that is safe: dropout (the models here are small, train for minutes and
-see each text a few times) and any top-k or temperature (a policy must be sampled from exactly the
-distribution that its log-probabilities describe).
+What was left out, and why that is safe: dropout (training is short) and any top-k or temperature (a
+policy must be sampled from exactly the distribution that its log-probabilities describe).
 """
 import json
 import math
@@ -96,6 +95,8 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(block_size, n_embd)
         self.h = nn.ModuleList(Block(n_embd, n_head, activation) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(n_embd)
+        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight                       # tied, unless loaded otherwise
         for name, p in self.named_parameters():    # GPT-2's initialisation
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -107,20 +108,19 @@ class GPT(nn.Module):
                 where: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of the next token after each of `tokens` (B, T).
 
-        With a `cache` from `new_cache`, `tokens` continue at position `start`: keys and values of
-        the positions before are read from it, those of `tokens` are written into it. Only a first
-        call (start = 0) may bring several tokens.
+        With a `cache` from `new_cache`, `tokens` continue at position `start`: it keeps keys and
+        values. Only a first call (start = 0) may bring several tokens.
         """
         x = self.wte(tokens) + self.wpe.weight[start:start + tokens.shape[1]]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):     # logits: float32
             for i, block in enumerate(self.h):
                 x = block(x, None if cache is None else cache[i], start)
-        return self.ln_f(x if where is None else x[where]) @ self.wte.weight.T
+        return self.lm_head(self.ln_f(x if where is None else x[where]))
 
     def new_cache(self, rows: int, length: int) -> list[Tensor]:
         """Room for keys and values of `rows` x `length` tokens: one (2, B, H, T, D) a block."""
-        n_head, n_embd = self.config["n_head"], self.config["n_embd"]
-        shape = (2, rows, n_head, length, n_embd // n_head)
+        c = self.config
+        shape = (2, rows, c["n_head"], length, c["n_embd"] // c["n_head"])
         return [self.wte.weight.new_empty(shape) for _ in self.h]
 
     @torch.no_grad()
@@ -132,8 +132,7 @@ class GPT(nn.Module):
         A response ends at its first end-of-text or after `length` tokens; what follows an end is
         filled with end-of-text. The log-probability (nats) counts the end and none of the filling.
         """
-        eot = self.eot
-        out = torch.full((len(prompt), length), eot, device=prompt.device)               # (B, L)
+        out = torch.full((len(prompt), length), self.eot, device=prompt.device)          # (B, L)
         logprob = torch.zeros(len(prompt), device=prompt.device)                            # (B,)
         rows = torch.arange(len(prompt), device=prompt.device)         # rows still in the batch
         cache = self.new_cache(len(prompt), prompt.shape[1] + length)
@@ -145,11 +144,11 @@ class GPT(nn.Module):
             cdf = prob.cumsum(-1)
             u = torch.rand(len(rows), 1, device=cdf.device, generator=generator) * cdf[:, -1:]
             tokens = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[-1] - 1)  # (B', 1)
-            done = out[rows, t - 1] == eot if t else torch.zeros_like(rows, dtype=torch.bool)
-            tokens[done] = eot
+            done = out[rows, t - 1] == self.eot if t else torch.zeros_like(rows, dtype=torch.bool)
+            tokens[done] = self.eot
             out[rows, t] = tokens[:, 0]
             logprob[rows] += prob.gather(-1, tokens)[:, 0].log().masked_fill(done, 0.0)
-            alive = tokens[:, 0] != eot
+            alive = tokens[:, 0] != self.eot
             if alive.sum() < 0.9 * len(rows):
                 if not alive.any():
                     break
@@ -173,19 +172,26 @@ class GPT(nn.Module):
                     x = x.T                                                # kept as (in, out)
                 if not name.endswith((".attn.bias", ".attn.masked_bias")):       # causal masks
                     got[name] = x.float().contiguous()
-            head = got.pop("lm_head.weight", got.get("wte.weight"))
+            got.setdefault("lm_head.weight", got["wte.weight"])
             for name in sorted(want.keys() | got.keys()):
                 shapes = [[*x[name].shape] if name in x else "none" for x in (want, got)]
                 if shapes[0] != shapes[1]:
                     raise ValueError(f"{name}: want {shapes[0]}, got {shapes[1]}")
-            if not torch.equal(head, got["wte.weight"]):
+            if not torch.equal(got.pop("lm_head.weight"), got["wte.weight"]):
                 raise ValueError("lm_head.weight: want the same as wte.weight")
         except Exception as error:                                # a stranger's files: anything
-            reason = str(error).partition("\n")[0].partition(". ")[0]
-            reason = f"{type(error).__name__}: {reason}"
-            raise ValueError(f"{source}: no sound GPT-2: {reason}") from None
-        model.load_state_dict(got, assign=True)
+            why = f"{type(error).__name__}: {error}".partition("\n")[0].partition(". ")[0]
+            raise ValueError(f"{source}: no sound GPT-2: {why}") from None
+        model.load_state_dict(got, strict=False, assign=True)
+        model.lm_head.weight = model.wte.weight
         return model
+
+
+def load_gpt(saved: dict, device: torch.device) -> GPT:
+    """A GPT from its config and weights; its head is its own, tied no longer."""
+    model = GPT(**saved["config"])
+    model.load_state_dict(saved["weights"], assign=True)
+    return model.to(device)
 
 # ------------------------------------------------------------------------------- GPT-2's own files
 

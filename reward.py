@@ -7,7 +7,7 @@ import math
 import os
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -146,31 +146,30 @@ PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
-    """Learn byte-pair merges (Sennrich et al. 2016, arXiv 1508.07909) and return an encoder.
-
-    Ids 0..255 are the bytes, then come the merges in the order learned, and the last id is the
-    end-of-text token. Fewer than `vocab_size` ids come back when the text runs out of pairs.
-    """
+    """Learn byte-pair merges (Sennrich et al. 2016, arXiv 1508.07909) and return an encoder: ids
+    0..255 are the bytes, then come the merges in the order learned, then end-of-text; fewer than
+    `vocab_size` in all when the text runs out of pairs."""
     counts = Counter(word for text in texts for word in re.findall(PATTERN, text))
     words = [([bytes([b]) for b in word.encode()], count) for word, count in counts.items()]
     ranks = {bytes([b]): b for b in range(256)}
-    while len(ranks) < vocab_size - 1:
-        pairs = Counter()
-        for parts, count in words:
+    pairs, where, changed = Counter(), defaultdict(set), range(len(words))
+    while True:
+        for i in changed:                                  # at first all, then those just merged
+            for pair in zip(words[i][0], words[i][0][1:]):
+                pairs[pair] += words[i][1]
+                where[pair].add(i)
+        best = max(pairs, key=pairs.get, default=None)
+        if len(ranks) >= vocab_size - 1 or not pairs[best]:
+            return make_encoding(ranks)
+        ranks.setdefault(b"".join(best), len(ranks))     # known, if made another way too
+        changed = where.pop(best)
+        for i in changed:
+            parts, count = words[i]
             for pair in zip(parts, parts[1:]):
-                pairs[pair] += count
-        if not pairs:
-            break
-        left, right = max(pairs, key=pairs.get)
-        ranks[left + right] = len(ranks)
-        for parts, _ in words:
-            i = 0
-            while i < len(parts) - 1:
-                if parts[i] == left and parts[i + 1] == right:
-                    parts[i:i + 2] = [left + right]
-                i += 1
-        words = [word for word in words if len(word[0]) > 1]
-    return make_encoding(ranks)
+                pairs[pair] -= count
+            for j in range(len(parts) - 1):
+                if tuple(parts[j:j + 2]) == best:
+                    parts[j:j + 2] = [b"".join(best)]
 
 
 def make_encoding(ranks: dict[bytes, int], pattern: str = PATTERN) -> tiktoken.Encoding:

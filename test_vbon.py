@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from decimal import Decimal, getcontext
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,11 @@ import torch
 import train
 import vbon
 from assets import figures
-from assets.figures import frontier_shares, theory
-from model import GPT, lm_loss, train_lm
+from assets.figures import frontier_shares, optimum, targets, theory, tilt
+from model import GPT, lm_loss, load_gpt, train_lm
 from reward import (PATTERN, Classifier, builtin_reviews, encode, load_reviews, pretrained_encoding,
                     train_classifier, train_tokenizer)
-from train import decode, targets
+from train import decode
 from vbon import Target
 
 HERE = Path(__file__).parent
@@ -221,11 +222,11 @@ def test_tilt_is_the_closed_form_and_lies_above_best_of_n():
     ref = torch.randn(3, 4000, generator=torch.Generator().manual_seed(0))
     cdf = vbon.empirical_cdf(ref, ref)
     for t in (0.5, 3.0, 20.0):
-        got, win = vbon.tilt(t * cdf, ref), 1 / (1 - math.exp(-t)) - 1 / t
+        got, win = tilt(t * cdf, ref), 1 / (1 - math.exp(-t)) - 1 / t
         assert got["win_rate"] == pytest.approx(win, abs=1e-3)
         assert got["kl_ref"] == pytest.approx(t * win - math.log(math.expm1(t) / t), abs=2e-3)
     for n in (2, 4, 8, 32):
-        got, (kl, win) = vbon.optimum(Target("vbon", n), ref), vbon.bon_theory(n)
+        got, (kl, win) = optimum(Target("vbon", n), ref), vbon.bon_theory(n)
         assert got["win_rate"] == pytest.approx(win, abs=1e-3)
         assert got["kl_ref"] == pytest.approx(kl, abs=4e-3)
         expected = vbon.bon_expected_reward(ref, n).mean().item()
@@ -239,7 +240,7 @@ def test_tilt_is_the_closed_form_and_lies_above_best_of_n():
             highest = np.interp(other["kl_ref"][at], best["kl_ref"], best[plane])
             assert (highest >= other[plane][at] - 1e-3).all()
     beta = 0.8                                      # Gaussian rewards: mean 1/β, KL 1/(2 β²)
-    got = vbon.optimum(Target("kl-rl", 1, beta), ref)
+    got = optimum(Target("kl-rl", 1, beta), ref)
     assert got["reward"] == pytest.approx(1 / beta, abs=0.12)
     assert got["kl_ref"] == pytest.approx(0.5 / beta ** 2, abs=0.12)
 
@@ -462,7 +463,7 @@ def test_chunks_change_nothing(monkeypatch):
 
 def test_low_rank_updates_are_of_low_rank():
     policy, tokens = small_gpt(), torch.arange(12)[None]
-    trained = train.low_rank(policy, 2, torch.Generator().manual_seed(0))
+    trained = vbon.low_rank(policy, 2, torch.Generator().manual_seed(0))
     assert torch.equal(policy(tokens), small_gpt()(tokens))                   # starts at π_ref
     assert sum(p.requires_grad for p in policy.parameters()) == len(trained) == 2 * (1 + 4 * 2)
     optimizer = torch.optim.Adam(trained, lr=0.01)
@@ -471,14 +472,14 @@ def test_low_rank_updates_are_of_low_rank():
         optimizer.step()
     with torch.no_grad():
         after = policy(tokens)
-    plain = GPT(**policy.config)
-    plain.load_state_dict(train.merge(policy))
+    weights = {name: attrgetter(name)(policy).detach() for name in small_gpt().state_dict()}
+    plain = load_gpt(dict(config=policy.config, weights=weights), "cpu")
     assert torch.allclose(plain(tokens), after, atol=1e-4) and not torch.allclose(
         after, small_gpt()(tokens), atol=1e-2)
     for (name, new), old in zip(plain.state_dict().items(), small_gpt().state_dict().values()):
         change = torch.linalg.matrix_rank((new - old).double(), atol=1e-4).item() if (
             new.dim() == 2) else (new != old).sum().item()
-        assert change == (2 if new.dim() == 2 and "wpe" not in name else 0), name
+        assert change == (2 if new.dim() == 2 and name[:2] not in ("wt", "wp") else 0), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
@@ -529,7 +530,7 @@ def test_decode_by_hand():
 def test_without_beta_kl_rl_goes_as_far_as_best_of_n(n):
     rewards = 2 * torch.randn(8, 2000, generator=torch.Generator().manual_seed(0))
     target, = targets(["kl-rl"], n, None, rewards)
-    assert vbon.optimum(target, rewards)["kl_ref"] == pytest.approx(vbon.bon_theory(n)[0], rel=0.06)
+    assert optimum(target, rewards)["kl_ref"] == pytest.approx(vbon.bon_theory(n)[0], rel=0.06)
     both = targets(["bond", "soft-bon"], n, [3.0, 1.0], rewards)
     assert [target.beta for target in both] == [None, 3.0, 1.0]
 
@@ -706,9 +707,9 @@ def test_tokenizer_round_trip_and_merges():
     for text in ODD + texts[:50]:
         assert encoding.decode(encoding.encode_ordinary(text)) == text
     assert encoding.n_vocab == 400 and encoding.eot_token == 399
-    theirs = tiktoken._educational.bpe_train("\n".join(texts), 300, PATTERN, visualise=None)
-    ours = train_tokenizer(["\n".join(texts)], 301)
-    assert [ours.decode_single_token_bytes(i) for i in range(300)] == list(theirs)
+    theirs = tiktoken._educational.bpe_train("\n".join(texts), 290, PATTERN, visualise=None)
+    ours = train_tokenizer(["\n".join(texts)], 291)                     # then two pairs tie
+    assert [ours.decode_single_token_bytes(i) for i in range(290)] == list(theirs)
     assert train_tokenizer(["ab"], 1000).n_vocab == 258                   # all bytes, one pair, end
     assert encode(encoding, ["", texts[0]], 5)[0].tolist() == [399] * 5
 
@@ -777,11 +778,11 @@ def test_quick_run_its_cache_and_its_results(tmp_path):
     assert (tmp_path / "out/samples.txt").read_text().count("vBoN") == 8
 
     # another N, with a damaged stage: only that is made again, and the first result is kept
-    victim = next((tmp_path / "out/cache").glob("reward-*.pt"))
+    victim = next((tmp_path / "out/cache").glob("training-*.pt"))
     victim.write_bytes(victim.read_bytes()[:-100] + bytes(100))
     code, text, _ = run("--quick", "--n", 4, 2, "--method", "vbon", "bound", cwd=tmp_path)
     assert code == 0 and text.count("corrupt") == 1 and victim.name in text
-    assert text.count("already there") >= 4
+    assert text.count("already there") >= 3
     again = results(tmp_path / "out")
     assert len(again) == 8
     for row in rows + again:

@@ -32,23 +32,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from types import SimpleNamespace
+from types import SimpleNamespace as World
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
 import vbon
 from assets import figures
-from assets.figures import DECODED, write
-from model import GPT, lm_loss, train_lm
-from reward import (Classifier, builtin_reviews, encode, load_reviews, make_encoding,
-                    pretrained_encoding, train_classifier, train_tokenizer)
+from model import GPT, lm_loss, load_gpt, train_lm
+from reward import (builtin_reviews, encode, load_reviews, pretrained_encoding, train_classifier,
+                    train_tokenizer)
 from vbon import Target
 
-TILTED = ("kl-rl", "soft-bon")                                          # the methods with a β
 RANK, RANKS = (int(os.environ.get(name, i)) for i, name in enumerate(("RANK", "WORLD_SIZE")))
 
 # ------------------------------------------------------------------------------------- the settings
@@ -71,6 +69,7 @@ def settings(args: argparse.Namespace, reviews: list | None) -> dict:
     if args.quick:
         s |= dict(vocab=400, width=32, reviews=600, lm_steps=10, epochs=1, held_prompts=8,
                   m_eval=64, prompts=8, m=16, steps=3, batch=4, k=4, samples=8)
+    s["batch"] += -s["batch"] % RANKS                            # the same number for every process
     return s | {name: value for name in ("steps", "m") if (value := getattr(args, name))}
 
 
@@ -84,9 +83,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="the N of best-of-N: more reward, further from π_ref (default: 4)")
     add("--method", nargs="+", default=["vbon"], choices=list(figures.NAMES)[1:], metavar="METHOD",
         help="one or more of those above (default: vbon)")
-    add("--beta", type=partial(positive, float), nargs="+", metavar="B",
-        help="the β of kl-rl and soft-bon: smaller goes further (default: for each N the "
-        "one that takes kl-rl as far as best-of-N)")
+    add("--beta", type=partial(positive, float), nargs="+", metavar="B", help="the β of kl-rl and "
+        "soft-bon: smaller goes further (default: as far as best-of-N goes)")
     add("--steps", type=partial(positive, int),
         help="updates of a policy: more land closer to π_bon (tripled for N > 8)")
     add("--m", type=partial(positive, int),
@@ -121,9 +119,9 @@ def usage_error(message: object) -> None:
 
 
 def prepare(args: argparse.Namespace) -> tuple[torch.device, list | None, tuple | None]:
-    """The device, the reviews of --data, the model and vocabulary of --init and a short name for
-    them. What could be wrong with the command is looked at here, before any work."""
-    out, name = Path(args.out), args.device
+    """The device, the reviews of --data, the model and encoding of --init. What could be wrong with
+    the command is looked at here, before any work."""
+    name, out, start = args.device, Path(args.out), None
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and RANKS > 1:
@@ -136,51 +134,43 @@ def prepare(args: argparse.Namespace) -> tuple[torch.device, list | None, tuple 
         if args.sample is not None and not args.sample.strip():
             raise ValueError("--sample: want a few words to continue")
         reviews = load_reviews(args.data) if args.data else None
-        start = None
         if args.init:
-            model, encoding = GPT.from_pretrained(args.init), pretrained_encoding(args.init)
-            sizes = model.config["vocab_size"], encoding.n_vocab
-            if sizes[0] != sizes[1] or model.config["block_size"] < 32:
-                raise ValueError(f"--init {args.init}: want 32 positions, and the same number of "
-                                 f"tokens in model and vocabulary, got {sizes}")
-            name = digest(encoding.token_byte_values(), *model.state_dict().values())
-            start = model, encoding, name
-        for folder in ("cache", "policies"):
-            (out / folder).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=out / folder).close()                     # may we write?
+            start = GPT.from_pretrained(args.init), pretrained_encoding(args.init)
+            c, size = start[0].config, start[1].n_vocab
+            if c["vocab_size"] != size or c["block_size"] < 32:
+                raise ValueError(f"--init {args.init}: want 32 positions and {size} tokens, as in "
+                                 f"the vocabulary, got {c['block_size']} and {c['vocab_size']}")
+            start += digest(start[1].token_byte_values(), *start[0].state_dict().values()),
+        for folder in (out / "cache", out / "policies"):
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()                           # may we write?
         figures.read_results(out / "results.jsonl")
     except (OSError, ValueError) as error:
         usage_error(error)
     if RANKS > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     return device, reviews, start
 
 # --------------------------------------------------- progress, randomness, the cache, several ranks
 
-def track(label: str, steps: range, watch: dict[str, float] | None = None) -> Iterator[int]:
-    """The steps, reporting elapsed and expected seconds and what stands in `watch`: one line that
+def track(label: str, steps: range, watch: dict | None = None) -> Iterator[int]:
+    """The steps, reporting seconds so far and expected, and what stands in `watch`: one line that
     updates in a terminal, a line at each quarter in a file."""
     start, live, total = time.time(), sys.stdout.isatty(), steps.stop
     for done, i in enumerate(steps, 1):
         yield i
-        last = done == len(steps)
+        spent, last = time.time() - start, done == len(steps)
+        seen = "".join(f" {name} {value:.2f}" for name, value in (watch or {}).items())
+        line = f"  {label} {i + 1}/{total}{seen}  {spent:.0f} of {spent / done * len(steps):.0f} s"
         if live or last or (i + 1) * 4 // total > i * 4 // total:
-            spent = time.time() - start
-            seen = "".join(f" {name} {value:.2f}" for name, value in (watch or {}).items())
-            expected = spent / done * len(steps)
-            line = f"  {label} {i + 1}/{total}{seen}  {spent:.0f} of {expected:.0f} s"
             print(f"\r{line:<79.79}" if live else line,
                   end="" if live and not last else "\n", flush=True)
 
 
 def generator(device: torch.device | str, *names: object) -> torch.Generator:
     """Random numbers named by what they are for, whatever ran before."""
-    name = "/".join(map(str, names)).encode()
-    seed = int.from_bytes(hashlib.sha256(name).digest()[:7], "big")
-    return torch.Generator(device).manual_seed(seed)
+    return torch.Generator(device).manual_seed(int(digest(names), 16))
 
 
 def digest(*parts: object) -> str:
@@ -197,43 +187,30 @@ def save(path: Path, content: dict) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     if RANK == 0:
-        write(path, hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
+        figures.write(path, hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
 
 
 def load(path: Path) -> dict | None:
     """What `save` wrote, on every rank; None if it is not there or not whole."""
-    content = path.read_bytes() if RANK == 0 and path.exists() else b""
-    if content and hashlib.sha256(content[32:]).digest() != content[:32]:
-        print(f"  corrupt, building it again: {path}", flush=True)
-        content = b""
-    content = from_rank_0(content)
-    return torch.load(io.BytesIO(content[32:]), "cpu", weights_only=True) if content else None
-
-
-def cached(path: Path, build: Callable[[], dict]) -> dict:
-    """What `build` returns, kept in a file."""
-    found = load(path)
-    if found is None:
-        save(path, build())
-        return load(path)                       # what is read again is the same to the last bit
-    print(f"  already there: {path.parent.name}/{path.name}", flush=True)
-    return found
-
-
-def from_rank_0(value: object) -> object:
-    """Rank 0's value."""
-    box = [value]
+    box = [path.read_bytes() if RANK == 0 and path.exists() else b""]
     if RANKS > 1:
         dist.broadcast_object_list(box)
-    return box[0]
+    if box[0] and hashlib.sha256(box[0][32:]).digest() == box[0][:32]:
+        return torch.load(io.BytesIO(box[0][32:]), "cpu", weights_only=True)
+    if box[0]:
+        print(f"  corrupt, building it again: {path}", flush=True)
 
 
-def from_all_ranks(parts: dict) -> dict:
-    """The union of all ranks' dicts."""
-    box = [parts] * RANKS
-    if RANKS > 1:
-        dist.all_gather_object(box, parts)
-    return {key: value for part in box for key, value in part.items()}
+def cached(w: World, name: str, last: str, build: Callable[..., dict], *args: object) -> dict:
+    """What `build(w, *args)` returns, kept in a file that is named by all it depends on: what is no
+    setting, and the settings up to `last`."""
+    upto = list(w.s.items())[:list(w.s).index(last) + 1]
+    path = w.out / f"{name}-{digest(w.key, upto)}.pt"
+    if found := load(path):
+        print(f"  already there: {path.relative_to(w.out)}", flush=True)
+        return found
+    save(path, build(w, *args))
+    return load(path)                           # what is read again is the same to the last bit
 
 
 def average_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -244,98 +221,64 @@ def average_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
 
 # --------------------------------------------------------------------------------------- the stages
 
-class World(SimpleNamespace):
-    """What stages 1 to 3 make: s (settings), seed, device, cache (folder), key (names all of it),
-    encoding, reference, reward_fn, prompt (P, T0), held (P', T0), train (reference samples to
-    `prompt`: response (P, M, L), reward (P, M)), held_rewards (P', M')."""
-
-
-def build_reference(s: dict, seed: int, device: torch.device, texts: list[str],
-                    start: tuple | None) -> dict:
-    """Stage 1: a tokenizer learned from the reviews and a new GPT, or GPT-2's, trained on them."""
-    model, encoding = copy.deepcopy(start[:2]) if start else (
-        None, train_tokenizer(texts[:2000], s["vocab"]))
-    tokens = encode(encoding, texts, s["prompt_tokens"] + s["length"]).to(device)
-    if model is None:
-        model = GPT(encoding.n_vocab, tokens.shape[1], s["layers"], s["heads"], s["width"],
-                    generator=generator("cpu", seed, "init"))
-    held = max(16, len(tokens) // 20)
-    train_lm(model.to(device), tokens[held:], s["lm_steps"], s["lm_batch"], s["lm_lr"],
-             generator("cpu", seed, "lm"), track("step", range(s["lm_steps"])))
-    with torch.no_grad():
-        nats = [lm_loss(model, part).item() for part in tokens[:held].split(64)]
-    ranks = map(encoding.decode_single_token_bytes, range(encoding.eot_token))
-    return dict(ranks=[part.decode("latin1") for part in ranks], pattern=encoding._pat_str,
-                config=model.config, weights=model.state_dict(), nats=sum(nats) / len(nats))
-
-
-def load_gpt(saved: dict, device: torch.device) -> GPT:
-    """A GPT from its configuration and weights."""
-    model = GPT(**saved["config"])
-    model.load_state_dict(saved["weights"])
-    return model.to(device)
-
-
-def build_reward(s: dict, seed: int, device: torch.device, reviews: list, encoding) -> dict:
-    """Stage 2: the classifier, and its accuracy on reviews that it was not trained on."""
-    texts, labels = zip(*reviews)
-    tokens = encode(encoding, texts, s["prompt_tokens"] + s["length"]).to(device)
-    labels = torch.tensor(labels, device=device)
-    held = max(16, len(tokens) // 20)
-    model = train_classifier(tokens[held:], labels[held:], encoding.n_vocab,
-                             track("epoch", range(s["epochs"])),
-                             generator("cpu", seed, "classifier"))
-    with torch.no_grad():
-        right = (model(tokens[:held]) > 0) == (labels[:held] > 0)
-    return dict(weights=model.state_dict(), accuracy=right.double().mean().item())
-
-
 def build_world(args: argparse.Namespace, s: dict, seed: int, device: torch.device,
                 reviews: list | None, start: tuple | None) -> World:
-    """Stages 1 to 3, text to reference samples, each from the cache if it is there."""
-    cache, here = Path(args.out) / "cache", Path(__file__).parent
+    """Stages 1 to 3 for one seed: settings s, seed, device, out, key (names what is no setting),
+    encoding, reference, reward_fn, prompt (P, T0), held (P', T0), train (reference samples to
+    `prompt`: response (P, M, L), reward (P, M)) and held_rewards (P', M')."""
     reviews = list(reviews or builtin_reviews(s["reviews"], seed))
     random.Random(seed).shuffle(reviews)
-    upto = {last: list(s.items())[:list(s).index(last) + 1] for last in ("lm_lr", "epochs", "m")}
-    code = [here / name for name in ("model.py", "reward.py", "train.py")]
-    key = digest(seed, device.type, reviews, start and start[2], *code)
+    texts, labels = zip(*reviews)
+    code = [Path(__file__).with_name(f"{name}.py") for name in ("vbon", "model", "reward", "train")]
+    w = World(s=s, seed=seed, device=device, out=Path(args.out),
+              key=digest(seed, device.type, RANKS, reviews, start and start[2], *code))
 
     print(f"1 text, tokenizer, reference model: {len(reviews)} reviews", flush=True)
-    saved = cached(cache / f"reference-{digest(key, upto['lm_lr'])}.pt",
-                   lambda: build_reference(s, seed, device, [text for text, _ in reviews], start))
-    encoding = make_encoding({part.encode("latin1"): i for i, part in enumerate(saved["ranks"])},
-                             saved["pattern"])
-    reference = load_gpt(saved, device)
+    w.encoding = start[1] if start else train_tokenizer(texts[:2000], s["vocab"])
+    tokens = encode(w.encoding, texts, s["prompt_tokens"] + s["length"]).to(device)
+    held = max(16, len(tokens) // 20)
+    saved = cached(w, "cache/reference", "lm_lr", build_reference, tokens, held,
+                   start and start[0])
+    w.reference = load_gpt(saved, device)
     print(f"  held-out text: {saved['nats']:.2f} nats per token, "
           f"perplexity {math.exp(saved['nats']):.1f}")
 
     print("2 reward: a sentiment classifier's logit", flush=True)
-    saved = cached(cache / f"reward-{digest(key, upto['epochs'])}.pt",
-                   lambda: build_reward(s, seed, device, reviews, encoding))
-    classifier = Classifier(encoding.n_vocab).to(device)
-    classifier.load_state_dict(saved["weights"])
-    print(f"  held-out accuracy: {saved['accuracy']:.3f}")
+    labels = torch.tensor(labels, device=device)
+    classifier = train_classifier(tokens[held:], labels[held:], w.encoding.n_vocab,
+                                  track("epoch", range(s["epochs"])),
+                                  generator("cpu", seed, "classifier"))
+    w.reward_fn = classifier.reward                        # or any function of the same signature
+    with torch.no_grad():
+        right = (classifier(tokens[:held]) > 0) == (labels[:held] > 0)
+    print(f"  held-out accuracy: {right.float().mean().item():.3f}")
 
     print("3 reference samples, for the CDF of the reward", flush=True)
-    w = World(s=s, seed=seed, device=device, cache=cache, encoding=encoding, reference=reference,
-              reward_fn=classifier.reward, key=digest(key, RANKS, here / "vbon.py"))
-    w.prompt, w.held = pick_prompts(s, reviews, encoding, device)
-    w.train = cached(cache / f"training-{digest(w.key, upto['m'])}.pt",
-                     lambda: draw(w, reference, w.prompt, s["m"], "training, part", "training"))
+    starts = dict.fromkeys(map(tuple, tokens[:, :s["prompt_tokens"]].tolist()))
+    starts = [x for x in starts if w.encoding.eot_token not in x]        # no sequence twice
+    held = min(s["held_prompts"], len(starts) // 4)
+    if held < 2:
+        usage_error(f"only {len(starts)} different beginnings of reviews; want at least 8")
+    starts = torch.tensor(starts[:held + s["prompts"]], device=device)
+    w.held, w.prompt = starts[:held], starts[held:]
+    w.train = cached(w, "cache/training", "m", draw, w.reference, w.prompt, s["m"],
+                     "training, part", "training")
     w.train["response"] = w.train["response"].long().to(device)
     w.held_rewards = held_out(w, 0)["reward"]
     return w
 
 
-def pick_prompts(s: dict, reviews: list, encoding, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Training and held-out prompts (P, T0): how reviews begin, no sequence twice."""
-    ids = [tuple(encoding.encode_ordinary(text)[:s["prompt_tokens"]]) for text, _ in reviews]
-    distinct = list(dict.fromkeys(x for x in ids if len(x) == s["prompt_tokens"]))
-    held = min(s["held_prompts"], len(distinct) // 4)
-    if held < 2:
-        usage_error(f"only {len(distinct)} different beginnings of reviews; want at least 8")
-    prompts = torch.tensor(distinct[:held + s["prompts"]], device=device)
-    return prompts[held:], prompts[:held]
+def build_reference(w: World, tokens: Tensor, held: int, model: GPT | None) -> dict:
+    """Stage 1: a new GPT, or GPT-2, trained on all reviews (R, T) but the first `held`."""
+    s = w.s
+    model = copy.deepcopy(model) if model else GPT(
+        w.encoding.n_vocab, tokens.shape[1], s["layers"], s["heads"], s["width"],
+        generator=generator("cpu", w.seed, "init"))
+    train_lm(model.to(w.device), tokens[held:], s["lm_steps"], s["lm_batch"], s["lm_lr"],
+             generator("cpu", w.seed, "lm"), track("step", range(s["lm_steps"])))
+    with torch.no_grad():
+        nats = [lm_loss(model, part).item() for part in tokens[:held].split(64)]
+    return dict(config=model.config, weights=model.state_dict(), nats=sum(nats) / len(nats))
 
 
 def draw(w: World, model: GPT, prompt: Tensor, k: int, label: str, *name: object) -> dict:
@@ -346,96 +289,55 @@ def draw(w: World, model: GPT, prompt: Tensor, k: int, label: str, *name: object
         x = chunks[i]
         response, logprob = vbon.sample(model, x, k, w.s["length"],
                                         generator(w.device, w.seed, "draw", *name, i))
-        mine[i] = dict(response=response.int(), logprob=logprob, reward=w.reward_fn(x, response))
+        part = dict(response=response.int(), logprob=logprob, reward=w.reward_fn(x, response))
         if model is not w.reference:
             with torch.no_grad():
-                mine[i] |= dict(ref_logprob=vbon.response_logprob(w.reference, x, response),
-                                kl_ref=vbon.response_kl(model, w.reference, x, response))
-        mine[i] = {name: value.cpu() for name, value in mine[i].items()}
-    parts = from_all_ranks(mine)
-    drawn = {name: torch.cat([parts[i][name] for i in range(len(chunks))]) for name in parts[0]}
-    return drawn | dict(seconds=time.time() - start)
+                part |= dict(ref_logprob=vbon.response_logprob(w.reference, x, response),
+                             kl_ref=vbon.response_kl(model, w.reference, x, response))
+        mine[i] = {name: value.cpu() for name, value in part.items()}
+    box = [mine] * RANKS
+    if RANKS > 1:
+        dist.all_gather_object(box, mine)
+    parts = [box[i % RANKS][i] for i in range(len(chunks))]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | dict(
+        seconds=time.time() - start)
 
 
 def held_out(w: World, part: int) -> dict:
-    """Stage 3: m_eval reference responses to each held-out prompt. Part 0 measures F; best-of-N
-    chooses among the others."""
-    m = w.s["m_eval"]
-    return cached(w.cache / f"held-out-{part}-{digest(w.key, w.s['held_prompts'], m)}.pt",
-                  lambda: draw(w, w.reference, w.held, m, "held-out, part", "held-out", part))
+    """m_eval reference responses to each held-out prompt. Part 0 measures F; best-of-N chooses
+    among the others."""
+    return cached(w, f"cache/held-out-{part}", "m_eval", draw, w.reference, w.held,
+                  w.s["m_eval"], "held-out, part", "held-out", part)
 
 
-def targets(methods: list[str], n: int, betas: list[float] | None, ref_rewards: Tensor
-            ) -> list[Target]:
-    """What the methods aim at for one N. Without a β given, the β whose optimum is as far from
-    π_ref as best-of-n: found by bisection, two digits."""
-    if betas is None and set(methods) & set(TILTED):
-        low, high = 1e-3, 1e6
-        for _ in range(50):
-            beta = math.sqrt(low * high)
-            far = vbon.optimum(Target("kl-rl", n, beta), ref_rewards)["kl_ref"]
-            low, high = (beta, high) if far > vbon.bon_theory(n)[0] else (low, beta)
-        betas = [float(f"{beta:.2g}")]
-    return [Target(method, n, beta) for method in methods
-            for beta in (betas if method in TILTED else [None])]
-
-
-def label(target: Target) -> str:
-    """A short name for progress lines and files."""
-    return target.method + (f" n={target.n}" if target.n > 1 or target.beta is None else "") + (
-        f" beta={target.beta:g}" if target.beta else "")
-
-
-class LowRank(nn.Module):
-    """A weight W plus a trained product B A of low rank (LoRA, arXiv 2106.09685). The noise of
-    REINFORCE costs KL in proportion to the number of parameters; few go a long way."""
-
-    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator):
-        super().__init__()
-        rows, columns = weight.shape
-        self.a = nn.Parameter(torch.randn(rank, columns, generator=generator) / math.sqrt(columns))
-        self.b = nn.Parameter(torch.zeros(rows, rank))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.b @ self.a
-
-
-def low_rank(model: GPT, rank: int, generator: torch.Generator) -> list[nn.Parameter]:
-    """Make all matrices but the positions' trainable in a few directions only; what to train."""
-    model.requires_grad_(False)
-    added = []
-    for module in [model.wte, *(m for m in model.modules() if isinstance(m, nn.Linear))]:
-        added.append(LowRank(module.weight, rank, generator).to(module.weight.device))
-        parametrize.register_parametrization(module, "weight", added[-1])
-    return [p for module in added for p in module.parameters()]
-
-
-def merge(model: GPT) -> dict[str, Tensor]:
-    """The weights of a plain GPT, with W + B A in the place of W."""
-    for module in model.modules():
-        if parametrize.is_parametrized(module):
-            parametrize.remove_parametrizations(module, "weight")
-    return model.state_dict()
+def policy(w: World, target: Target) -> dict:
+    """Stage 4: the policy of a target, from its file or trained; kl-rl knows no N."""
+    aim = target._replace(n=1) if target.method == "kl-rl" else target
+    name = f"policies/{figures.label(aim)}-seed{w.seed}".replace(" ", "-")
+    checkpoint = w.out / f"{name}-{digest(w.key, w.s)}.checkpoint"
+    saved = cached(w, name, "lr", build_policy, aim, checkpoint)
+    checkpoint.unlink(missing_ok=True)
+    return saved
 
 
 def build_policy(w: World, target: Target, checkpoint: Path) -> dict:
-    """Stage 4: the reference, fine-tuned towards a target. Goes on from the checkpoint, if any:
-    every step has its own random numbers, so that the outcome is the same to the last bit."""
-    s, start, watch = w.s, time.time(), {}
+    """The reference, fine-tuned towards a target. Goes on from the checkpoint, if any: every step
+    has its own random numbers, so that the outcome is the same to the last bit."""
+    s, began, watch = w.s, time.time(), {}
     steps = s["steps"] * (3 if target.n > 8 else 1)        # far from π_ref, what is poor is rare
-    policy = load_gpt(dict(config=w.reference.config, weights=w.reference.state_dict()), w.device)
-    trained = low_rank(policy, s["rank"], generator("cpu", w.seed, "low rank"))
+    policy = copy.deepcopy(w.reference)
+    trained = vbon.low_rank(policy, s["rank"], generator("cpu", w.seed, "low rank"))
     optimizer = torch.optim.Adam(trained, betas=(0.9, 0.99), fused=True)
     if RANKS > 1:
         optimizer.register_step_pre_hook(average_gradients)
     saved = load(checkpoint) or dict(step=0, seconds=0.0)
     if saved["step"]:
+        print(f"  {figures.label(target)}: on from step {saved['step']}", flush=True)
+        optimizer.load_state_dict(saved["optimizer"])
         for p, x in zip(trained, saved["trained"]):
             p.data.copy_(x)
-        optimizer.load_state_dict(saved["optimizer"])
-        print(f"  {label(target)}: on from step {saved['step']}", flush=True)
     due = time.time()
-    for step in track(label(target), range(saved["step"], steps), watch):
+    for step in track(figures.label(target), range(saved["step"], steps), watch):
         late = max(0.0, 2 * step / steps - 1)                    # flat, then half a cosine
         optimizer.param_groups[0]["lr"] = s["lr"] * (1 + math.cos(math.pi * late)) / 2
         order = torch.randperm(len(w.prompt), generator=generator("cpu", w.seed, *target, step))
@@ -445,37 +347,37 @@ def build_policy(w: World, target: Target, checkpoint: Path) -> dict:
                              w.train["response"][rows.to(w.device)], w.train["reward"][rows],
                              s["k"], generator(w.device, w.seed, *target, step, RANK))
         now = time.time()
+        seconds = saved["seconds"] + now - began
         if RANK == 0 and now > due:                      # at most a twentieth of the time for it
-            save(checkpoint, dict(step=step + 1, seconds=saved["seconds"] + now - start,
-                                  trained=[p.data for p in trained],
-                                  optimizer=optimizer.state_dict()))
+            save(checkpoint, dict(step=step + 1, seconds=seconds, optimizer=optimizer.state_dict(),
+                                  trained=[p.data for p in trained]))
             due = time.time() + 20 * (time.time() - now)
-    return dict(config=policy.config, weights=merge(policy),
-                seconds=saved["seconds"] + time.time() - start)
+    weights = {name: attrgetter(name)(policy).detach() for name in w.reference.state_dict()}
+    return dict(config=policy.config, weights=weights, seconds=seconds)         # W + B A is one
 
 
 def evaluate(w: World, policies: dict[Target, dict], curves: dict) -> list[dict]:
     """Stage 5: a row for each target of one N, on held-out prompts."""
-    rows = []
-    n, m = next(iter(policies)).n, w.s["m_eval"]
-    parts = max(min(max(1, n // 8), 4), math.ceil(n / m))          # draws for 16 answers or more
+    rows, n, m = [], next(iter(policies)).n, w.s["m_eval"]
+    parts = max(1, min(n // 8, 4), math.ceil(n / m))               # draws for 16 answers or more
     drawn = [held_out(w, 1 + part) for part in range(parts)]
     draws = [torch.cat([d[name] for d in drawn], 1)[:, :m * parts // n * n]
              for name in ("logprob", "reward")]
     for target, saved in policies.items():
-        if target.method in DECODED:
+        if saved is None:
             picked = decode(target, *draws, generator("cpu", w.seed, *target))
             own = vbon.log_target(target, *picked, w.held_rewards)
             row = vbon.metrics(n, own, *picked, w.held_rewards)
-            row |= dict(samples_per_answer=1 if target.method == "ref" else n,
+            cost = dict(samples_per_answer=1 if target.method == "ref" else n,
                         seconds=sum(d["seconds"] for d in drawn))
         else:
-            own = draw(w, load_gpt(saved, w.device), w.held, w.s["samples"], label(target),
+            own = draw(w, load_gpt(saved, w.device), w.held, w.s["samples"], figures.label(target),
                        "evaluate", *target)
             row = vbon.metrics(n, own["logprob"], own["ref_logprob"], own["reward"],
                                w.held_rewards, own["kl_ref"])
-            row |= dict(samples_per_answer=1, seconds=saved["seconds"] + own["seconds"])
-        rows.append(target._asdict() | row | figures.gaps(target, row, w.held_rewards, curves))
+            cost = dict(samples_per_answer=1, seconds=saved["seconds"] + own["seconds"])
+        row |= cost | figures.gaps(target, row, w.held_rewards, curves)
+        rows.append(target._asdict() | row)
     return rows
 
 
@@ -491,68 +393,38 @@ def main(argv: list[str] | None = None) -> None:
     args, began = parse(argv), time.time()
     out, (device, reviews, start) = Path(args.out), prepare(args)
     s = settings(args, reviews)
-    if s["batch"] % RANKS:
-        usage_error(f"{s['batch']} prompts a step cannot be shared by {RANKS} processes")
     made_by = dict(device=device.type, ranks=RANKS, init=start and start[2],
                    data=digest(reviews) if args.data else "built-in", **s)
     methods = [m for m in figures.NAMES if m in {"ref", "bon", *args.method}
                or m == "soft-bon" and "kl-rl" in args.method]
-    rows, text, held_rewards = [], "", []
+    rows, text, pool = [], "", []
     for seed in dict.fromkeys(args.seed):
         w = build_world(args, s, seed, device, reviews, start)
         print("4 fine-tuning: policies that do the work of best-of-N", flush=True)
-        policies = {}
-        for n in dict.fromkeys(args.n):
-            for target in targets(methods, n, args.beta, w.train["reward"]):
-                aim = target._replace(n=1) if target.method == "kl-rl" else target
-                name = label(aim).replace(" ", "-")
-                file = out / "policies" / f"{name}-seed{seed}-{digest(w.key, s)}.pt"
-                policies.setdefault(n, {})[target] = None if target.method in DECODED else cached(
-                    file, lambda: build_policy(w, aim, file.with_suffix(".checkpoint")))
-                file.with_suffix(".checkpoint").unlink(missing_ok=True)
-
+        policies = {n: {target: None if target.method in figures.DECODED else policy(w, target)
+                        for target in figures.targets(methods, n, args.beta, w.train["reward"])}
+                    for n in dict.fromkeys(args.n)}
         if args.sample is not None:
             prompt = torch.tensor([w.encoding.encode_ordinary(args.sample)] * 3, device=device)
-            if prompt.shape[1] >= w.reference.config["block_size"]:
-                usage_error(f"--sample: want fewer than {w.reference.config['block_size']} tokens")
+            if prompt.shape[1] >= (limit := w.reference.config["block_size"]):
+                usage_error(f"--sample: want fewer than {limit} tokens")
             for n in policies:
-                print("\n" + show_answers(w, policies[n], prompt), end="")
+                print("\n" + figures.answers(w, policies[n], prompt), end="")
             continue
-
         print("5 evaluation on held-out prompts", flush=True)
         curves = figures.theory(w.held_rewards)
         new = [row | dict(seed=seed, beta_found=args.beta is None and row["beta"] is not None)
                for n in policies for row in evaluate(w, policies[n], curves)]
-        rows += new
-        held_rewards.append(w.held_rewards)
-        text += "\n".join(f"N = {n}, seed {seed}\n\n" + show_answers(w, policies[n], w.held[:8])
+        text += "\n".join(f"N = {n}, seed {seed}\n\n" + figures.answers(w, policies[n], w.held[:8])
                           for n in policies)
+        rows, pool = rows + new, pool + [w.held_rewards]
         if RANK == 0:
             figures.add_results(out / "results.jsonl", new, made_by)
-            write(out / "samples.txt", text.encode())
+            figures.write(out / "samples.txt", text.encode())
     if rows and RANK == 0:
-        figures.report(out, rows, made_by, torch.cat(held_rewards))
+        figures.report(out, rows, made_by, torch.cat(pool))
         print(f"{time.time() - began:.0f} s in all; "
               f"see {out}/: pareto.png, samples.txt, results.jsonl")
-
-
-def show_answers(w: World, policies: dict[Target, dict], prompt: Tensor) -> str:
-    """The prompts (P, T0), each with an answer by the reference, best-of-n and the policies,
-    unedited, behind its reward."""
-    length = min(w.s["length"], w.reference.config["block_size"] - prompt.shape[1])
-    lines = [f"{w.encoding.decode(ids)} ..." for ids in prompt.tolist()]
-    for target, saved in policies.items():
-        model = load_gpt(saved, w.device) if saved else w.reference
-        k = target.n if target.method in ("bon", "soft-bon") else 1
-        response, _ = vbon.sample(model, prompt, k, length,
-                                  generator(w.device, w.seed, "show", target.n))
-        reward = w.reward_fn(prompt, response).cpu()
-        best = vbon.best_of_n(reward, generator("cpu", w.seed, "show", *target), target.beta)
-        for i, j in enumerate(best.tolist()):
-            words = [x for x in response[i, j].tolist() if x != w.reference.eot]
-            lines[i] += (f"\n  {figures.title(target.method, target.n):<14}{reward[i, j]:+6.2f}  "
-                         f"...{w.encoding.decode(words)}")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

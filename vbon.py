@@ -29,9 +29,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 Reward = Callable[[Tensor, Tensor], Tensor]    # prompt (P, T0), response (P, K, L) -> reward (P, K)
+FORWARD = {"bon-sft": 1.0, "bond": 0.5}        # the share of KL(target || π_θ) in an objective
 LOGITS = 2 ** 26                               # most logits at once: bounds memory, changes nothing
 
 # ------------------------------------------------------------------------------ 1. the reward's CDF
@@ -76,7 +78,7 @@ def bon_logprob(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:  # (...
 def bon_logprob_bound(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:
     """Equation (3), shapes as `bon_logprob`. The gap closes as π_ref(y)/F goes to 0, as in text."""
     ref_logprob, log_cdf = _log_inputs(n, ref_logprob, log_cdf)
-    return math.log(n) + _times(n - 1, log_cdf) + ref_logprob
+    return math.log(n) + _times(torch.tensor(n - 1), log_cdf) + ref_logprob
 
 
 def bon_logprob_ties(ref_logprob: Tensor, log_lt: Tensor, log_le: Tensor, n: int) -> Tensor:
@@ -123,18 +125,6 @@ def bon_theory(n: int) -> tuple[float, float]:
     _check_n(n)
     return math.log(n) - (n - 1) / n, n / (n + 1)
 
-
-def tilt(score: Tensor, ref_rewards: Tensor) -> dict[str, float]:  # (P, M), (P, M)
-    """What ∝ π_ref(y) exp(score(y)) attains, from M reference responses alone, by self-normalised
-    importance weights: reward, win_rate, kl_ref (nats), and the effective sample size, ess, to be
-    kept well above 10. At its KL, score = t·F has the highest win rate, r/β the highest reward."""
-    log_weight = _f64(score).log_softmax(-1)                                               # (P, M)
-    weight = log_weight.exp()
-    values = dict(reward=_f64(ref_rewards), win_rate=win_rate(ref_rewards, ref_rewards),
-                  kl_ref=log_weight + math.log(score.shape[1]))
-    means = {name: (weight * x).sum(-1).mean().item() for name, x in values.items()}
-    return means | dict(ess=(1 / weight.square().sum(-1)).mean().item())
-
 # ---------------------------------------------------------------- 3. the objective and its gradient
 
 def leave_one_out(score: Tensor) -> Tensor:  # (P, K) -> (P, K)
@@ -165,9 +155,6 @@ class Target(NamedTuple):
     beta: float | None = None
 
 
-FORWARD = {"bon-sft": 1.0, "bond": 0.5}    # the share of KL(target || π_θ) in a method's objective
-
-
 def log_target(target: Target, ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor) -> Tensor:
     """The log-density (P, K) of a target; that of kl-rl up to a constant."""
     method, n, beta = target
@@ -183,12 +170,6 @@ def log_target(target: Target, ref_logprob: Tensor, reward: Tensor, ref_rewards:
     if method == "soft-bon":
         return soft_bon_logprob(ref_logprob, reward, ref_rewards, n, beta)
     raise ValueError(f"unknown method {method!r}")
-
-
-def optimum(target: Target, ref_rewards: Tensor) -> dict[str, float]:
-    """`tilt` of a target itself: what a policy would attain that got there. (P, M)"""
-    improbable = torch.full_like(ref_rewards, -1e3)             # no response comes up twice in text
-    return tilt(log_target(target, improbable, ref_rewards, ref_rewards), ref_rewards)
 
 
 def grow(target: Target, step: int, steps: int) -> Target:
@@ -255,12 +236,32 @@ def winners(ref_rewards: Tensor, n: int, k: int, generator: torch.Generator) -> 
     return torch.multinomial(weight.float().to(generator.device), k, True, generator=generator)
 
 
+class LowRank(nn.Module):
+    """W + B A with A (rank, columns) and B (rows, rank) to be trained; B is 0 at first."""
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator):
+        super().__init__()
+        a = torch.randn(rank, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
+        self.a, self.b = (nn.Parameter(x.to(weight)) for x in (a, torch.zeros(len(weight), rank)))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.b @ self.a
+
+
+def low_rank(model: nn.Module, rank: int, generator: torch.Generator) -> list[nn.Parameter]:
+    """Make all linear maps trainable in a few directions only, and return what to train: LoRA
+    (arXiv 2106.09685). The noise of REINFORCE costs KL in every direction there is."""
+    model.requires_grad_(False)
+    for module in [m for m in model.modules() if isinstance(m, nn.Linear)]:
+        register_parametrization(module, "weight", LowRank(module.weight, rank, generator))
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def update(policy, reference, optimizer: torch.optim.Optimizer, reward_fn: Reward, target: Target,
            prompt: Tensor, ref_response: Tensor, ref_rewards: Tensor, k: int,
            generator: torch.Generator) -> dict[str, float]:
-    """One step of any method, on k responses to each prompt (P, T0): REINFORCE on its own and, with
-    a forward share, maximum likelihood on winners of best-of-n among the cached ref_response
-    (P, M, L) with ref_rewards (P, M). Returns what to watch."""
+    """One step of any method, k responses to each prompt (P, T0): REINFORCE on its own and, with a
+    forward share, maximum likelihood on winners among ref_response (P, M, L); what to watch."""
     forward, L, seen = FORWARD.get(target.method, 0.0), ref_response.shape[-1], {}
     won = round(forward * k)
     size = max(1, LOGITS // (k * (prompt.shape[1] + L) * (policy.eot + 1)))     # prompts at a time:
@@ -313,10 +314,9 @@ def _f64(x: Tensor) -> Tensor:
     return x.cpu().double()                      # x as float64 on the CPU
 
 
-def _times(k: Tensor | int, log_x: Tensor) -> Tensor:
+def _times(k: Tensor, log_x: Tensor) -> Tensor:
     """k · log x with 0 · log 0 = 0, as x^0 = 1 demands; 0 · (-inf) alone would be nan."""
-    k = torch.as_tensor(k, dtype=torch.float64)
-    return torch.where(k == 0, torch.zeros_like(log_x), k * log_x)
+    return torch.where(k == 0, 0.0, k * log_x)
 
 
 def _check_n(n: int) -> None:

@@ -13,6 +13,7 @@ import os
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import vbon
+from model import load_gpt
 from vbon import Target
 
 matplotlib.use("agg")
@@ -28,12 +30,52 @@ import matplotlib.pyplot as plt
 
 NAMES = {"ref": "reference", "bon": "best-of-N", "soft-bon": "soft best-of-N", "vbon": "vBoN",
          "bound": "vBoN bound", "kl-rl": "KL-RL", "bon-sft": "BoN-SFT", "bond": "BOND"}
-DECODED = ("ref", "bon", "soft-bon")                                              # no training
+DECODED = ("ref", "bon", "soft-bon")                                    # methods without training
+TILTED = ("kl-rl", "soft-bon")                                          # methods with a β
+
+
+def label(target: Target) -> str:
+    """A short name of what is trained, for progress lines and files."""
+    return target.method + (f" beta={target.beta:g}" if target.beta else f" n={target.n}")
 
 
 def title(method: str, n: int) -> str:
     """How a method is called in a table."""
     return NAMES[method].replace("-of-N", f" of {n}")
+
+# --------------------------------------------------------------- what the methods aim at, in theory
+
+def tilt(score: Tensor, ref_rewards: Tensor) -> dict[str, float]:  # (P, M), (P, M)
+    """What ∝ π_ref(y) exp(score(y)) attains, from M reference responses alone, by self-normalised
+    importance weights: reward, win_rate, kl_ref (nats), and the effective sample size, ess, to be
+    kept well above 10. At its KL, score = t·F has the highest win rate, r/β the highest reward."""
+    rewards, log_weight = ref_rewards.double().cpu(), score.double().cpu().log_softmax(-1)
+    weight = log_weight.exp()                                                              # (P, M)
+    values = dict(reward=rewards, win_rate=vbon.win_rate(rewards, rewards),
+                  kl_ref=log_weight + math.log(score.shape[1]))
+    means = {name: (weight * x).sum(-1).mean().item() for name, x in values.items()}
+    return means | dict(ess=(1 / weight.square().sum(-1)).mean().item())
+
+
+def optimum(target: Target, ref_rewards: Tensor) -> dict[str, float]:
+    """`tilt` of a target itself: what a policy would attain that got there. (P, M)"""
+    improbable = torch.full_like(ref_rewards, -1e3)             # no response comes up twice in text
+    return tilt(vbon.log_target(target, improbable, ref_rewards, ref_rewards), ref_rewards)
+
+
+def targets(methods: list[str], n: int, betas: list[float] | None, ref_rewards: Tensor
+            ) -> list[Target]:
+    """What the methods aim at for one N. Without a β given, the β whose optimum is as far from
+    π_ref as best-of-n: found by bisection, two digits."""
+    if betas is None and set(methods) & set(TILTED):
+        low, high = 1e-3, 1e6
+        for _ in range(50):
+            beta = math.sqrt(low * high)
+            far = optimum(Target("kl-rl", n, beta), ref_rewards)["kl_ref"]
+            low, high = (beta, high) if far > vbon.bon_theory(n)[0] else (low, beta)
+        betas = [float(f"{beta:.2g}")]
+    return [Target(method, n, beta) for method in methods
+            for beta in (betas if method in TILTED else [None])]
 
 
 def theory(ref_rewards: Tensor) -> dict[str, dict[str, np.ndarray]]:
@@ -42,9 +84,9 @@ def theory(ref_rewards: Tensor) -> dict[str, dict[str, np.ndarray]]:
     a KL. Each ends where fewer than 16 effective samples are left."""
     cdf = vbon.empirical_cdf(ref_rewards, ref_rewards)
     strength = [0, *np.geomspace(1e-3, 100, 40)]
-    curves = {"tilt": [vbon.tilt(t * cdf, ref_rewards) for t in strength],
-              "kl-rl": [vbon.tilt(t * ref_rewards, ref_rewards) for t in strength],
-              "bon": [vbon.tilt((n - 1) * cdf.log(), ref_rewards) for n in np.geomspace(1, 64, 24)]}
+    curves = {"tilt": [tilt(t * cdf, ref_rewards) for t in strength],
+              "kl-rl": [tilt(t * ref_rewards, ref_rewards) for t in strength],
+              "bon": [tilt((n - 1) * cdf.log(), ref_rewards) for n in np.geomspace(1, 64, 24)]}
     return {name: {key: np.array([point[key] for point in curve if point["ess"] >= 16])
                    for key in ("kl_ref", "win_rate", "reward")} for name, curve in curves.items()}
 
@@ -52,7 +94,7 @@ def theory(ref_rewards: Tensor) -> dict[str, dict[str, np.ndarray]]:
 def gaps(target: Target, row: dict, ref_rewards: Tensor, curves: dict) -> dict[str, float]:
     """What a target's own optimum attains (aim_*), and how far that and the row lie below the
     highest win rate and reward at their own KL (gap_*)."""
-    found = {f"aim_{name}": x for name, x in vbon.optimum(target, ref_rewards).items()}
+    found = {f"aim_{name}": x for name, x in optimum(target, ref_rewards).items()}
     for plane, best in (("win_rate", curves["tilt"]), ("reward", curves["kl-rl"])):
         for by, at in (("", row), ("aim_", found)):
             highest = np.interp(at[by + "kl_ref"], best["kl_ref"], best[plane])
@@ -219,7 +261,7 @@ def study_rewards(drawn: dict, ref: Tensor, targets: list[Target]) -> None:
                         for g in (f, transforms["the logit r"]))
             change = new - old
             changes.append((change - change.mean(1, keepdim=True)).abs().max().item())
-        best = vbon.optimum(targets[1], f(ref))
+        best = optimum(targets[1], f(ref))
         print(f"  {name:28}{changes[0]:8.3g}{changes[1]:8.3g}{best['win_rate']:26.3f}"
               f"{best['kl_ref']:7.3f}")
 
@@ -280,6 +322,25 @@ def png(fig) -> bytes:
     return picture.getvalue()
 
 
+def answers(w: SimpleNamespace, policies: dict[Target, dict], prompt: Tensor) -> str:
+    """The prompts (P, T0), each with an answer by the reference, best-of-n and the policies,
+    unedited, behind its reward."""
+    length = min(w.s["length"], w.reference.config["block_size"] - prompt.shape[1])
+    lines = [f"{w.encoding.decode(ids)} ..." for ids in prompt.tolist()]
+    for target, saved in policies.items():
+        model = load_gpt(saved, w.device) if saved else w.reference
+        k = target.n if target.method in ("bon", "soft-bon") else 1
+        response, _ = vbon.sample(model, prompt, k, length,
+                                  torch.Generator(w.device).manual_seed(w.seed))
+        reward = w.reward_fn(prompt, response).cpu()
+        best = vbon.best_of_n(reward, torch.Generator().manual_seed(0), target.beta)
+        for i, j in enumerate(best.tolist()):
+            words = [x for x in response[i, j].tolist() if x != w.reference.eot]
+            lines[i] += (f"\n  {title(target.method, target.n):<14}{reward[i, j]:+6.2f}  "
+                         f"...{w.encoding.decode(words)}")
+    return "\n".join(lines) + "\n"
+
+
 def report(out: Path, rows: list[dict], made_by: dict, ref_rewards: Tensor) -> None:
     """The tables of this run, and pareto.png with all results of the same settings."""
     print_table(rows, made_by["m_eval"])
@@ -299,7 +360,7 @@ def main(argv: list[str] | None = None) -> None:
     s, out = train.settings(args, reviews), Path(args.out)
     w = train.build_world(args, s, args.seed[0], device, reviews, start)
     for n in args.n:
-        goals = train.targets(["vbon", "kl-rl"], n, None, w.train["reward"])
+        goals = targets(["vbon", "kl-rl"], n, None, w.train["reward"])
         study_rewards(train.held_out(w, 1), w.held_rewards, goals)
         study_bound(w.train, n)
         rows = [row for row in read_results(out / "results.jsonl")
