@@ -331,12 +331,12 @@ def build_policy(w: World, target: Target, checkpoint: Path) -> dict:
     if RANKS > 1:
         optimizer.register_step_pre_hook(average_gradients)
     saved = load(checkpoint) or dict(step=0, seconds=0.0)
+    seconds, due = saved["seconds"], began
     if saved["step"]:
         print(f"  {figures.label(target)}: on from step {saved['step']}", flush=True)
         optimizer.load_state_dict(saved["optimizer"])
         for p, x in zip(trained, saved["trained"]):
             p.data.copy_(x)
-    due = time.time()
     for step in track(figures.label(target), range(saved["step"], steps), watch):
         late = max(0.0, 2 * step / steps - 1)                    # flat, then half a cosine
         optimizer.param_groups[0]["lr"] = s["lr"] * (1 + math.cos(math.pi * late)) / 2
