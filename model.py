@@ -188,7 +188,7 @@ class GPT(nn.Module):
 
 
 def load_gpt(saved: dict, device: torch.device) -> GPT:
-    """A GPT from its config and weights; its head is its own, tied no longer."""
+    """A GPT from its config and weights; its head is a parameter of its own, not the embedding."""
     model = GPT(**saved["config"])
     model.load_state_dict(saved["weights"], assign=True)
     return model.to(device)
@@ -239,7 +239,7 @@ def read_pretrained(folder: Path) -> tuple[dict, dict[str, Tensor]]:
 
 def train_lm(model: GPT, tokens: Tensor, steps: int, batch: int, lr: float,
              generator: torch.Generator, progress: Iterable[int]) -> None:
-    """Maximum likelihood on texts (R, T), padded with end-of-text; the first one is learned."""
+    """Maximum likelihood on texts (R, T), padded with end-of-text, the first of it learned."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95),
                                   weight_decay=0.01, fused=True)
     for step in progress:

@@ -21,6 +21,7 @@ Writes results.jsonl, pareto.png, samples.txt and the trained policies to --out.
 again, or another N, goes on from what is there, after a crash too.
 """
 import argparse
+import contextlib
 import copy
 import hashlib
 import io
@@ -51,9 +52,14 @@ RANK, RANKS = (int(os.environ.get(name, i)) for i, name in enumerate(("RANK", "W
 
 # ------------------------------------------------------------------------------------- the settings
 
-def settings(args: argparse.Namespace, reviews: list | None) -> dict:
-    """What a result depends on besides N, method and seed, in the order of the stages."""
-    s = dict(vocab=768, width=64, layers=2, heads=2, prompt_tokens=4, length=24, reviews=12000,
+def settings(args: argparse.Namespace, device: torch.device, reviews: list | None,
+             start: tuple | None) -> dict:
+    """All that a result depends on besides N, method and seed, in the order of the stages: a stage
+    is done again when something up to its last setting has changed."""
+    code = [Path(__file__).with_name(f"{name}.py") for name in ("vbon", "model", "reward", "train")]
+    s = dict(code=digest(*code), device=device.type, ranks=RANKS, init=start and start[2],
+             data=digest(reviews) if reviews else "built-in",
+             vocab=768, width=64, layers=2, heads=2, prompt_tokens=4, length=24, reviews=12000,
              lm_steps=1000, lm_batch=64, lm_lr=6e-3,                      # 1 reference model
              epochs=4,                                                    # 2 reward
              held_prompts=64, m_eval=512, prompts=512, m=64,              # 3 reference samples
@@ -70,7 +76,10 @@ def settings(args: argparse.Namespace, reviews: list | None) -> dict:
         s |= dict(vocab=400, width=32, reviews=600, lm_steps=10, epochs=1, held_prompts=8,
                   m_eval=64, prompts=8, m=16, steps=3, batch=4, k=4, samples=8)
     s["batch"] += -s["batch"] % RANKS                            # the same number for every process
-    return s | {name: value for name in ("steps", "m") if (value := getattr(args, name))}
+    s |= {name: value for name in ("steps", "m") if (value := getattr(args, name))}
+    if max(args.n) > s["m_eval"] and set(args.method) & set(figures.TILTED):
+        usage_error(f"--n: want at most {s['m_eval']} with kl-rl or soft-bon")
+    return s
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -107,9 +116,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def positive(kind: type, text: str) -> float:
     """A finite number above 0, for argparse."""
-    if not 0 < (value := kind(text)) < math.inf:
-        raise ValueError
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < (value := kind(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"want {kind.__name__} > 0, got {text!r}")
 
 
 def usage_error(message: object) -> None:
@@ -202,10 +212,10 @@ def load(path: Path) -> dict | None:
 
 
 def cached(w: World, name: str, last: str, build: Callable[..., dict], *args: object) -> dict:
-    """What `build(w, *args)` returns, kept in a file that is named by all it depends on: what is no
-    setting, and the settings up to `last`."""
+    """What `build(w, *args)` returns, kept in a file that is named by all it depends on: the seed
+    and the settings up to `last`."""
     upto = list(w.s.items())[:list(w.s).index(last) + 1]
-    path = w.out / f"{name}-{digest(w.key, upto)}.pt"
+    path = w.out / f"{name}-{digest(w.seed, upto)}.pt"
     if found := load(path):
         print(f"  already there: {path.relative_to(w.out)}", flush=True)
         return found
@@ -223,21 +233,19 @@ def average_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
 
 def build_world(args: argparse.Namespace, s: dict, seed: int, device: torch.device,
                 reviews: list | None, start: tuple | None) -> World:
-    """Stages 1 to 3 for one seed: settings s, seed, device, out, key (names what is no setting),
-    encoding, reference, reward_fn, prompt (P, T0), held (P', T0), train (reference samples to
+    """Stages 1 to 3 for one seed: settings s, seed, device, out, encoding, reference, reward_fn,
+    prompt (P, T0) and held (P', T0) to train and to evaluate on, train (reference samples to
     `prompt`: response (P, M, L), reward (P, M)) and held_rewards (P', M')."""
     reviews = list(reviews or builtin_reviews(s["reviews"], seed))
     random.Random(seed).shuffle(reviews)
     texts, labels = zip(*reviews)
-    code = [Path(__file__).with_name(f"{name}.py") for name in ("vbon", "model", "reward", "train")]
-    w = World(s=s, seed=seed, device=device, out=Path(args.out),
-              key=digest(seed, device.type, RANKS, reviews, start and start[2], *code))
+    w = World(s=s, seed=seed, device=device, out=Path(args.out))
 
     print(f"1 text, tokenizer, reference model: {len(reviews)} reviews", flush=True)
     w.encoding = start[1] if start else train_tokenizer(texts[:2000], s["vocab"])
     tokens = encode(w.encoding, texts, s["prompt_tokens"] + s["length"]).to(device)
-    held = max(16, len(tokens) // 20)
-    saved = cached(w, "cache/reference", "lm_lr", build_reference, tokens, held,
+    apart = max(16, len(tokens) // 20)                       # reviews that nothing is trained on
+    saved = cached(w, "cache/reference", "lm_lr", build_reference, tokens, apart,
                    start and start[0])
     w.reference = load_gpt(saved, device)
     print(f"  held-out text: {saved['nats']:.2f} nats per token, "
@@ -245,12 +253,12 @@ def build_world(args: argparse.Namespace, s: dict, seed: int, device: torch.devi
 
     print("2 reward: a sentiment classifier's logit", flush=True)
     labels = torch.tensor(labels, device=device)
-    classifier = train_classifier(tokens[held:], labels[held:], w.encoding.n_vocab,
+    classifier = train_classifier(tokens[apart:], labels[apart:], w.encoding.n_vocab,
                                   track("epoch", range(s["epochs"])),
                                   generator("cpu", seed, "classifier"))
     w.reward_fn = classifier.reward                        # or any function of the same signature
     with torch.no_grad():
-        right = (classifier(tokens[:held]) > 0) == (labels[:held] > 0)
+        right = (classifier(tokens[:apart]) > 0) == (labels[:apart] > 0)
     print(f"  held-out accuracy: {right.float().mean().item():.3f}")
 
     print("3 reference samples, for the CDF of the reward", flush=True)
@@ -268,16 +276,16 @@ def build_world(args: argparse.Namespace, s: dict, seed: int, device: torch.devi
     return w
 
 
-def build_reference(w: World, tokens: Tensor, held: int, model: GPT | None) -> dict:
-    """Stage 1: a new GPT, or GPT-2, trained on all reviews (R, T) but the first `held`."""
+def build_reference(w: World, tokens: Tensor, apart: int, model: GPT | None) -> dict:
+    """Stage 1: a new GPT, or GPT-2, trained on all reviews (R, T) but the first `apart`."""
     s = w.s
     model = copy.deepcopy(model) if model else GPT(
         w.encoding.n_vocab, tokens.shape[1], s["layers"], s["heads"], s["width"],
         generator=generator("cpu", w.seed, "init"))
-    train_lm(model.to(w.device), tokens[held:], s["lm_steps"], s["lm_batch"], s["lm_lr"],
+    train_lm(model.to(w.device), tokens[apart:], s["lm_steps"], s["lm_batch"], s["lm_lr"],
              generator("cpu", w.seed, "lm"), track("step", range(s["lm_steps"])))
     with torch.no_grad():
-        nats = [lm_loss(model, part).item() for part in tokens[:held].split(64)]
+        nats = [lm_loss(model, part).item() for part in tokens[:apart].split(64)]
     return dict(config=model.config, weights=model.state_dict(), nats=sum(nats) / len(nats))
 
 
@@ -294,12 +302,12 @@ def draw(w: World, model: GPT, prompt: Tensor, k: int, label: str, *name: object
             with torch.no_grad():
                 part |= dict(ref_logprob=vbon.response_logprob(w.reference, x, response),
                              kl_ref=vbon.response_kl(model, w.reference, x, response))
-        mine[i] = {name: value.cpu() for name, value in part.items()}
+        mine[i] = {key: value.cpu() for key, value in part.items()}
     box = [mine] * RANKS
     if RANKS > 1:
         dist.all_gather_object(box, mine)
     parts = [box[i % RANKS][i] for i in range(len(chunks))]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | dict(
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} | dict(
         seconds=time.time() - start)
 
 
@@ -310,11 +318,11 @@ def held_out(w: World, part: int) -> dict:
                   w.s["m_eval"], "held-out, part", "held-out", part)
 
 
-def policy(w: World, target: Target) -> dict:
+def fine_tuned(w: World, target: Target) -> dict:
     """Stage 4: the policy of a target, from its file or trained; kl-rl knows no N."""
     aim = target._replace(n=1) if target.method == "kl-rl" else target
     name = f"policies/{figures.label(aim)}-seed{w.seed}".replace(" ", "-")
-    checkpoint = w.out / f"{name}-{digest(w.key, w.s)}.checkpoint"
+    checkpoint = w.out / f"{name}-{digest(w.seed, w.s)}.checkpoint"
     saved = cached(w, name, "lr", build_policy, aim, checkpoint)
     checkpoint.unlink(missing_ok=True)
     return saved
@@ -341,7 +349,7 @@ def build_policy(w: World, target: Target, checkpoint: Path) -> dict:
         late = max(0.0, 2 * step / steps - 1)                    # flat, then half a cosine
         optimizer.param_groups[0]["lr"] = s["lr"] * (1 + math.cos(math.pi * late)) / 2
         order = torch.randperm(len(w.prompt), generator=generator("cpu", w.seed, *target, step))
-        rows = order[:s["batch"]][RANK::RANKS]
+        rows = order[:min(s["batch"], len(order) // RANKS * RANKS)][RANK::RANKS]
         watch |= vbon.update(policy, w.reference, optimizer, w.reward_fn,
                              vbon.grow(target, step, steps), w.prompt[rows.to(w.device)],
                              w.train["response"][rows.to(w.device)], w.train["reward"][rows],
@@ -353,7 +361,7 @@ def build_policy(w: World, target: Target, checkpoint: Path) -> dict:
                                   trained=[p.data for p in trained]))
             due = time.time() + 20 * (time.time() - now)
     weights = {name: attrgetter(name)(policy).detach() for name in w.reference.state_dict()}
-    return dict(config=policy.config, weights=weights, seconds=seconds)         # W + B A is one
+    return dict(config=policy.config, weights=weights, seconds=seconds)    # W + B A, merged
 
 
 def evaluate(w: World, policies: dict[Target, dict], curves: dict) -> list[dict]:
@@ -392,16 +400,14 @@ def main(argv: list[str] | None = None) -> None:
     """The five stages for each seed, straight down, then what was found."""
     args, began = parse(argv), time.time()
     out, (device, reviews, start) = Path(args.out), prepare(args)
-    s = settings(args, reviews)
-    made_by = dict(device=device.type, ranks=RANKS, init=start and start[2],
-                   data=digest(reviews) if args.data else "built-in", **s)
+    s = settings(args, device, reviews, start)
     methods = [m for m in figures.NAMES if m in {"ref", "bon", *args.method}
                or m == "soft-bon" and "kl-rl" in args.method]
     rows, text, pool = [], "", []
     for seed in dict.fromkeys(args.seed):
         w = build_world(args, s, seed, device, reviews, start)
         print("4 fine-tuning: policies that do the work of best-of-N", flush=True)
-        policies = {n: {target: None if target.method in figures.DECODED else policy(w, target)
+        policies = {n: {target: None if target.method in figures.DECODED else fine_tuned(w, target)
                         for target in figures.targets(methods, n, args.beta, w.train["reward"])}
                     for n in dict.fromkeys(args.n)}
         if args.sample is not None:
@@ -419,10 +425,10 @@ def main(argv: list[str] | None = None) -> None:
                           for n in policies)
         rows, pool = rows + new, pool + [w.held_rewards]
         if RANK == 0:
-            figures.add_results(out / "results.jsonl", new, made_by)
+            figures.add_results(out / "results.jsonl", new, s)
             figures.write(out / "samples.txt", text.encode())
     if rows and RANK == 0:
-        figures.report(out, rows, made_by, torch.cat(pool))
+        figures.report(out, rows, s, torch.cat(pool))
         print(f"{time.time() - began:.0f} s in all; "
               f"see {out}/: pareto.png, samples.txt, results.jsonl")
 

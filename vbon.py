@@ -299,7 +299,7 @@ def win_rate(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P, M) -
 def metrics(n: int, logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor,
             kl_ref: Tensor | None = None) -> dict[str, float]:
     """Means over K responses to each prompt (P, K) and, as those hang together, standard errors
-    over prompts. `logprob` is under what drew them, `kl_ref` a better log π(y) - log π_ref(y)."""
+    over prompts. `logprob` is under what drew them; `kl_ref`: a quieter estimate, if there is."""
     log_bon = log_target(Target("bon", n), ref_logprob, reward, ref_rewards)
     row = dict(positive=(reward > 0).double().mean().item())
     for name, x in dict(reward=_f64(reward), win_rate=win_rate(reward, ref_rewards),

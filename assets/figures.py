@@ -36,7 +36,7 @@ TILTED = ("kl-rl", "soft-bon")                                          # method
 
 def label(target: Target) -> str:
     """A short name of what is trained, for progress lines and files."""
-    return target.method + (f" beta={target.beta:g}" if target.beta else f" n={target.n}")
+    return target.method + (f" beta={target.beta}" if target.beta else f" n={target.n}")
 
 
 def title(method: str, n: int) -> str:
@@ -357,7 +357,7 @@ def main(argv: list[str] | None = None) -> None:
     import train
     args = train.parse(argv)
     device, reviews, start = train.prepare(args)
-    s, out = train.settings(args, reviews), Path(args.out)
+    s, out = train.settings(args, device, reviews, start), Path(args.out)
     w = train.build_world(args, s, args.seed[0], device, reviews, start)
     for n in args.n:
         goals = targets(["vbon", "kl-rl"], n, None, w.train["reward"])
