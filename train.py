@@ -373,19 +373,18 @@ def evaluate(w: World, policies: dict[Target, dict], curves: dict) -> list[dict]
              for name in ("logprob", "reward")]
     for target, saved in policies.items():
         if saved is None:
-            picked = decode(target, *draws, generator("cpu", w.seed, *target))
-            own = vbon.log_target(target, *picked, w.held_rewards)
-            row = vbon.metrics(n, own, *picked, w.held_rewards)
-            cost = dict(samples_per_answer=1 if target.method == "ref" else n,
-                        seconds=sum(d["seconds"] for d in drawn))
+            x, reward = decode(target, *draws, generator("cpu", w.seed, *target))
+            own = dict(logprob=vbon.log_target(target, x, reward, w.held_rewards), ref_logprob=x,
+                       reward=reward, seconds=sum(d["seconds"] for d in drawn))
         else:
             own = draw(w, load_gpt(saved, w.device), w.held, w.s["samples"], figures.label(target),
                        "evaluate", *target)
-            row = vbon.metrics(n, own["logprob"], own["ref_logprob"], own["reward"],
-                               w.held_rewards, own["kl_ref"])
-            cost = dict(samples_per_answer=1, seconds=saved["seconds"] + own["seconds"])
-        row |= cost | figures.gaps(target, row, w.held_rewards, curves)
-        rows.append(target._asdict() | row)
+            own["seconds"] += saved["seconds"]
+        row = target._asdict() | vbon.metrics(n, own["logprob"], own["ref_logprob"], own["reward"],
+                                              w.held_rewards, own.get("kl_ref"))
+        rows.append(row | figures.gaps(target, row, w.held_rewards, curves) | dict(
+            samples_per_answer=n if target.method in ("bon", "soft-bon") else 1,
+            seconds=own["seconds"]))
     return rows
 
 
