@@ -465,6 +465,7 @@ def test_low_rank_updates_are_of_low_rank():
     policy, tokens = small_gpt(), torch.arange(12)[None]
     trained = vbon.low_rank(policy, 2, torch.Generator().manual_seed(0))
     assert torch.equal(policy(tokens), small_gpt()(tokens))                   # starts at π_ref
+    assert (model := small_gpt()).lm_head.weight is model.wte.weight              # tied before
     assert sum(p.requires_grad for p in policy.parameters()) == len(trained) == 2 * (1 + 4 * 2)
     optimizer = torch.optim.Adam(trained, lr=0.01)
     for _ in range(3):
@@ -878,7 +879,8 @@ def test_own_reviews_in_both_layouts(tmp_path):
         texts = [text for text, y in reviews if y == label]
         (tmp_path / "files" / name).mkdir(parents=True)
         (tmp_path / "lines").mkdir(exist_ok=True)
-        (tmp_path / "lines" / f"{name}.txt").write_text("\n\n".join(texts + texts[:5]) + "\n")
+        (tmp_path / "lines" / f"{name}.txt").write_text("\n\n".join(
+            texts + [text.upper() for text in texts[:5]]) + "\n")
         for i, text in enumerate(texts):
             (tmp_path / "files" / name / f"{i}.txt").write_text(text.replace(" . ", " .<br />"))
     assert len(load_reviews(tmp_path / "lines")) == len(set(reviews))
