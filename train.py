@@ -44,8 +44,8 @@ from torch import Tensor
 import vbon
 from assets import figures
 from model import GPT, lm_loss, load_gpt, train_lm
-from reward import (builtin_reviews, encode, load_reviews, pretrained_encoding, train_classifier,
-                    train_tokenizer)
+from reward import (Classifier, builtin_reviews, encode, load_reviews, pretrained_encoding,
+                    train_classifier, train_tokenizer)
 from vbon import Target
 
 RANK, RANKS = (int(os.environ.get(name, i)) for i, name in enumerate(("RANK", "WORLD_SIZE")))
@@ -252,14 +252,11 @@ def build_world(args: argparse.Namespace, s: dict, seed: int, device: torch.devi
           f"perplexity {math.exp(saved['nats']):.1f}")
 
     print("2 reward: a sentiment classifier's logit", flush=True)
-    labels = torch.tensor(labels, device=device)
-    classifier = train_classifier(tokens[apart:], labels[apart:], w.encoding.n_vocab,
-                                  track("epoch", range(s["epochs"])),
-                                  generator("cpu", seed, "classifier"))
+    saved = cached(w, "cache/reward", "epochs", build_reward, tokens, labels, apart)
+    classifier = Classifier(w.encoding.n_vocab).to(device)
+    classifier.load_state_dict(saved["weights"])
     w.reward_fn = classifier.reward                        # or any function of the same signature
-    with torch.no_grad():
-        right = (classifier(tokens[:apart]) > 0) == (labels[:apart] > 0)
-    print(f"  held-out accuracy: {right.float().mean().item():.3f}")
+    print(f"  held-out accuracy: {saved['accuracy']:.3f}")
 
     print("3 reference samples, for the CDF of the reward", flush=True)
     starts = dict.fromkeys(map(tuple, tokens[:, :s["prompt_tokens"]].tolist()))
@@ -287,6 +284,17 @@ def build_reference(w: World, tokens: Tensor, apart: int, model: GPT | None) -> 
     with torch.no_grad():
         nats = [lm_loss(model, part).item() for part in tokens[:apart].split(64)]
     return dict(config=model.config, weights=model.state_dict(), nats=sum(nats) / len(nats))
+
+
+def build_reward(w: World, tokens: Tensor, labels: tuple[int, ...], apart: int) -> dict:
+    """Stage 2: the classifier, trained on all reviews (R, T) but the first `apart`."""
+    labels = torch.tensor(labels, device=w.device)
+    model = train_classifier(tokens[apart:], labels[apart:], w.encoding.n_vocab,
+                             track("epoch", range(w.s["epochs"])),
+                             generator("cpu", w.seed, "classifier"))
+    with torch.no_grad():
+        right = (model(tokens[:apart]) > 0) == (labels[:apart] > 0)
+    return dict(weights=model.state_dict(), accuracy=right.float().mean().item())
 
 
 def draw(w: World, model: GPT, prompt: Tensor, k: int, label: str, *name: object) -> dict:
@@ -383,14 +391,13 @@ def evaluate(w: World, policies: dict[Target, dict], curves: dict) -> list[dict]
         row = target._asdict() | vbon.metrics(n, own["logprob"], own["ref_logprob"], own["reward"],
                                               w.held_rewards, own.get("kl_ref"))
         rows.append(row | figures.gaps(target, row, w.held_rewards, curves) | dict(
-            samples_per_answer=n if target.method in ("bon", "soft-bon") else 1,
-            seconds=own["seconds"]))
+            samples_per_answer=figures.draws(target), seconds=own["seconds"]))
     return rows
 
 
 def decode(target: Target, logprob: Tensor, reward: Tensor, g: torch.Generator) -> list[Tensor]:
     """(P, A·N) -> (P, A): each N draws give one answer, the first of them for "ref"."""
-    draws = reward.reshape(-1, target.n)[:, :1 if target.method == "ref" else None]
+    draws = reward.reshape(-1, target.n)[:, :figures.draws(target)]
     pick = vbon.best_of_n(draws, g, target.beta)[:, None]                                 # (P·A, 1)
     return [x.reshape(-1, target.n).gather(1, pick).view(len(x), -1) for x in (logprob, reward)]
 

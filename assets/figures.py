@@ -39,6 +39,11 @@ def label(target: Target) -> str:
     return target.method + (f" beta={target.beta}" if target.beta else f" n={target.n}")
 
 
+def draws(target: Target) -> int:
+    """How many samples one answer takes."""
+    return target.n if target.method in ("bon", "soft-bon") else 1
+
+
 def title(method: str, n: int) -> str:
     """How a method is called in a table."""
     return NAMES[method].replace("-of-N", f" of {n}")
@@ -329,8 +334,7 @@ def answers(w: SimpleNamespace, policies: dict[Target, dict], prompt: Tensor) ->
     lines = [f"{w.encoding.decode(ids)} ..." for ids in prompt.tolist()]
     for target, saved in policies.items():
         model = load_gpt(saved, w.device) if saved else w.reference
-        k = target.n if target.method in ("bon", "soft-bon") else 1
-        response, _ = vbon.sample(model, prompt, k, length,
+        response, _ = vbon.sample(model, prompt, draws(target), length,
                                   torch.Generator(w.device).manual_seed(w.seed))
         reward = w.reward_fn(prompt, response).cpu()
         best = vbon.best_of_n(reward, torch.Generator().manual_seed(0), target.beta)
