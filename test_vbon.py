@@ -22,11 +22,10 @@ import torch
 import train
 import vbon
 from assets import figures
-from assets.figures import frontier_shares, optimum, targets, theory, tilt
+from assets.figures import decode, frontier_shares, optimum, targets, theory, tilt
 from model import GPT, lm_loss, load_gpt, train_lm
 from reward import (PATTERN, Classifier, builtin_reviews, encode, load_reviews, pretrained_encoding,
                     train_classifier, train_tokenizer)
-from train import decode
 from vbon import Target
 
 HERE = Path(__file__).parent
@@ -530,10 +529,11 @@ def test_decode_by_hand():
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_without_beta_kl_rl_goes_as_far_as_best_of_n(n):
     rewards = 2 * torch.randn(8, 2000, generator=torch.Generator().manual_seed(0))
-    target, = targets(["kl-rl"], n, None, rewards)
+    *others, target = targets(["kl-rl"], n, None, rewards)
+    assert [other.method for other in others] == ["ref", "bon", "soft-bon"]
     assert optimum(target, rewards)["kl_ref"] == pytest.approx(vbon.bon_theory(n)[0], rel=0.06)
     both = targets(["bond", "soft-bon"], n, [3.0, 1.0], rewards)
-    assert [target.beta for target in both] == [None, 3.0, 1.0]
+    assert [target.beta for target in both] == [None, None, 3.0, 1.0, None]
 
 
 def test_frontier_shares_by_hand():
@@ -692,6 +692,15 @@ def test_gpt2_vocabulary_comes_from_its_own_folder(tmp_path):
         assert encoding.encode_ordinary(word) == [256] and len(encoding.encode_ordinary("xy")) == 2
         for text in ODD:
             assert encoding.decode(encoding.encode_ordinary(text)) == text
+    # the whole program from such a folder, if model and vocabulary fit
+    args = ["--quick", "--n", 2, "--init", tmp_path, "--steps", 2]
+    for rows in (258, 50):
+        w = {name: 0.1 * x for name, x in gpt2_weights().items()}
+        w["wte.weight"] = 0.1 * torch.randn(rows, 16, generator=torch.Generator().manual_seed(0))
+        save_gpt2(tmp_path, w, CONFIG | dict(vocab_size=rows))
+        code, text, error = run(*args, cwd=tmp_path)
+        assert code == (0 if rows == 258 else 2) and (rows == 258 or "50 tokens" in error)
+    assert len(results(tmp_path / "out")) == 3 and results(tmp_path / "out")[0]["length"] == 8
     (tmp_path / "merges.txt").write_text("#version: 0.2\nx y\n")
     with pytest.raises(ValueError, match="no GPT-2 vocabulary"):
         pretrained_encoding(str(tmp_path))
@@ -779,11 +788,11 @@ def test_quick_run_its_cache_and_its_results(tmp_path):
     assert (tmp_path / "out/samples.txt").read_text().count("vBoN") == 8
 
     # another N, with a damaged stage: only that is made again, and the first result is kept
-    victim = next((tmp_path / "out/cache").glob("reward-*.pt"))
+    victim = next((tmp_path / "out/cache").glob("training-*.pt"))
     victim.write_bytes(victim.read_bytes()[:-100] + bytes(100))
     code, text, _ = run("--quick", "--n", 4, 2, "--method", "vbon", "bound", cwd=tmp_path)
     assert code == 0 and text.count("corrupt") == 1 and victim.name in text
-    assert text.count("already there") >= 4
+    assert text.count("already there") == 4
     again = results(tmp_path / "out")
     assert len(again) == 8
     for row in rows + again:
@@ -859,9 +868,17 @@ def test_killed_run_ends_with_the_same_numbers(tmp_path):
     assert code == 0 and "on from step" in text and without_seconds(tmp_path / "killed") == whole
 
 
-TWO = """                       # the command, then its process group put to the test
-import torch, train
+TWO = """                       # the command, watched, then its process group put to the test
+import torch, torch.distributed as dist, train
+update, prompts, both = train.vbon.update, [], [None, None]
+def watched(*args):
+    prompts.append(args[5].tolist())
+    return update(*args)
+train.vbon.update = watched
 train.main()
+dist.all_gather_object(both, prompts)
+for a, b in zip(*both, strict=True):                       # each step: two shares of one batch
+    assert len(a) == len(b) == 2 and len(set(map(tuple, a + b))) == 4
 p = torch.nn.Parameter(torch.zeros(2))
 p.grad = torch.full((2,), train.RANK + 1.0)
 optimizer = torch.optim.SGD([p], 1.0)

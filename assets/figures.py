@@ -70,8 +70,10 @@ def optimum(target: Target, ref_rewards: Tensor) -> dict[str, float]:
 
 def targets(methods: list[str], n: int, betas: list[float] | None, ref_rewards: Tensor
             ) -> list[Target]:
-    """What the methods aim at for one N. Without a β given, the β whose optimum is as far from
-    π_ref as best-of-n: found by bisection, two digits."""
+    """What the methods aim at for one N, and what they are shown beside. Without a β given, the β
+    whose optimum is as far from π_ref as best-of-n: found by bisection, two digits."""
+    methods = [m for m in NAMES if m in {"ref", "bon", *methods}
+               or m == "soft-bon" and "kl-rl" in methods]
     if betas is None and set(methods) & set(TILTED):
         low, high = 1e-3, 1e6
         for _ in range(50):
@@ -106,10 +108,35 @@ def gaps(target: Target, row: dict, ref_rewards: Tensor, curves: dict) -> dict[s
             found[f"{by}gap_{plane}"] = float(highest) - at[by + plane]
     return found
 
-# ----------------------------------------------------------------------- tables and the two planes
+# -------------------------------------------------------------------- results, from samples to rows
+
+def result(w: SimpleNamespace, target: Target, drawn: dict, saved: dict | None,
+           g: torch.Generator) -> dict:
+    """A row of results: of a policy from its own samples, of a decoding method from many of π_ref
+    to choose among."""
+    if not saved:
+        x, reward = decode(target, drawn["logprob"], drawn["reward"], g)
+        drawn = drawn | dict(logprob=vbon.log_target(target, x, reward, w.held_rewards),
+                             ref_logprob=x, reward=reward)
+    row = target._asdict() | vbon.metrics(target.n, drawn["logprob"], drawn["ref_logprob"],
+                                          drawn["reward"], w.held_rewards, drawn.get("kl_ref"))
+    return row | gaps(target, row, w.held_rewards, w.curves) | dict(
+        seed=w.seed, beta_found=w.args.beta is None and target.beta is not None,
+        samples_per_answer=draws(target),
+        seconds=drawn["seconds"] + (saved["seconds"] if saved else 0.0))
+
+
+def decode(target: Target, logprob: Tensor, reward: Tensor, g: torch.Generator) -> list[Tensor]:
+    """(P, M) -> (P, A): each n draws give one answer, the first of them for "ref"."""
+    both = [x[:, :x.shape[1] // target.n * target.n].reshape(-1, target.n)
+            for x in (logprob, reward)]                                                  # (P·A, n)
+    pick = vbon.best_of_n(both[1][:, :draws(target)], g, target.beta)[:, None]
+    return [x.gather(1, pick).view(len(reward), -1) for x in both]
+
 
 def write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(content)
@@ -152,6 +179,7 @@ def mean(rows: list[dict], name: str) -> tuple[float, float]:
     return np.mean(values), (np.std(values, ddof=1) if len(values) > 1
                              else rows[0].get(name + "_se", 0.0))
 
+# ----------------------------------------------------------------------- tables and the two planes
 
 def print_table(rows: list[dict], m_eval: int) -> None:
     """Means over seeds and, under each N, what theory says."""
@@ -328,21 +356,23 @@ def png(fig) -> bytes:
 
 
 def answers(w: SimpleNamespace, policies: dict[Target, dict], prompt: Tensor) -> str:
-    """The prompts (P, T0), each with an answer by the reference, best-of-n and the policies,
-    unedited, behind its reward."""
-    length = min(w.s["length"], w.reference.config["block_size"] - prompt.shape[1])
-    lines = [f"{w.encoding.decode(ids)} ..." for ids in prompt.tolist()]
-    for target, saved in policies.items():
-        model = load_gpt(saved, w.device) if saved else w.reference
-        response, _ = vbon.sample(model, prompt, draws(target), length,
-                                  torch.Generator(w.device).manual_seed(w.seed))
-        reward = w.reward_fn(prompt, response).cpu()
-        best = vbon.best_of_n(reward, torch.Generator().manual_seed(0), target.beta)
-        for i, j in enumerate(best.tolist()):
-            words = [x for x in response[i, j].tolist() if x != w.reference.eot]
-            lines[i] += (f"\n  {title(target.method, target.n):<14}{reward[i, j]:+6.2f}  "
-                         f"...{w.encoding.decode(words)}")
-    return "\n".join(lines) + "\n"
+    """For each N: the prompts (P, T0), each with an answer by the reference, best-of-n and the
+    policies, unedited, behind its reward."""
+    length, text = min(w.s["length"], w.reference.config["block_size"] - prompt.shape[1]), ""
+    for n in dict.fromkeys(target.n for target in policies):
+        lines = [f"{w.encoding.decode(ids)} ..." for ids in prompt.tolist()]
+        for target, saved in ((t, saved) for t, saved in policies.items() if t.n == n):
+            model = load_gpt(saved, w.device) if saved else w.reference
+            response, _ = vbon.sample(model, prompt, draws(target), length,
+                                      torch.Generator(w.device).manual_seed(w.seed))
+            reward = w.reward_fn(prompt, response).cpu()
+            best = vbon.best_of_n(reward, torch.Generator().manual_seed(0), target.beta)
+            for i, j in enumerate(best.tolist()):
+                words = [x for x in response[i, j].tolist() if x != w.reference.eot]
+                lines[i] += (f"\n  {title(target.method, n):<14}{reward[i, j]:+6.2f}  "
+                             f"...{w.encoding.decode(words)}")
+        text += f"\nN = {n}, seed {w.seed}\n\n" + "\n".join(lines) + "\n"
+    return text
 
 
 def report(out: Path, rows: list[dict], made_by: dict, ref_rewards: Tensor) -> None:
@@ -359,18 +389,16 @@ def report(out: Path, rows: list[dict], made_by: dict, ref_rewards: Tensor) -> N
 def main(argv: list[str] | None = None) -> None:
     """The three questions, for each N and the first seed of the arguments."""
     import train
-    args = train.parse(argv)
-    device, reviews, start = train.prepare(args)
-    s, out = train.settings(args, device, reviews, start), Path(args.out)
-    w = train.build_world(args, s, args.seed[0], device, reviews, start)
+    shared = train.prepare(argv)
+    w, args = train.build_world(shared, shared.args.seed[0]), shared.args
     for n in args.n:
-        goals = targets(["vbon", "kl-rl"], n, None, w.train["reward"])
-        study_rewards(train.held_out(w, 1), w.held_rewards, goals)
+        *_, ours, rival = targets(["vbon", "kl-rl"], n, None, w.train["reward"])
+        study_rewards(w.draws, w.held_rewards, [ours, rival])
         study_bound(w.train, n)
-        rows = [row for row in read_results(out / "results.jsonl")
+        rows = [row for row in read_results(w.out / "results.jsonl")
                 if (row["method"], row["n"]) == ("vbon", n) and all(
-                    row.get(k) == v for k, v in s.items() if k != "m")]
-        write(out / f"m-n{n}.png", study_m(n, rows))
+                    row.get(k) == v for k, v in w.s.items() if k != "m")]
+        write(w.out / f"m-n{n}.png", study_m(n, rows))
 
 
 if __name__ == "__main__":
