@@ -694,13 +694,16 @@ def test_gpt2_vocabulary_comes_from_its_own_folder(tmp_path):
             assert encoding.decode(encoding.encode_ordinary(text)) == text
     # the whole program from such a folder, if model and vocabulary fit
     args = ["--quick", "--n", 2, "--init", tmp_path, "--steps", 2]
-    for rows in (258, 50):
+    for rows in (50, 258):
         w = {name: 0.1 * x for name, x in gpt2_weights().items()}
         w["wte.weight"] = 0.1 * torch.randn(rows, 16, generator=torch.Generator().manual_seed(0))
         save_gpt2(tmp_path, w, CONFIG | dict(vocab_size=rows))
         code, text, error = run(*args, cwd=tmp_path)
         assert code == (0 if rows == 258 else 2) and (rows == 258 or "50 tokens" in error)
     assert len(results(tmp_path / "out")) == 3 and results(tmp_path / "out")[0]["length"] == 8
+    saved = train.load(next((tmp_path / "out/cache").glob("reference*.pt")))
+    assert saved["config"]["n_layer"] == 3                     # those weights, hardly moved
+    assert (saved["weights"]["wte.weight"] - w["wte.weight"]).abs().max() < 0.01
     (tmp_path / "merges.txt").write_text("#version: 0.2\nx y\n")
     with pytest.raises(ValueError, match="no GPT-2 vocabulary"):
         pretrained_encoding(str(tmp_path))
@@ -784,6 +787,7 @@ def test_quick_run_its_cache_and_its_results(tmp_path):
         assert row["n"] == 2 and row["seed"] == 0 and row["beta"] is None and row["seconds"] >= 0
         for name in ("reward", "win_rate", "kl_ref", "kl_bon"):
             assert math.isfinite(row[name]) and math.isfinite(row[name + "_se"])
+    assert rows[1]["kl_ref"] == pytest.approx(vbon.bon_theory(2)[0], abs=0.1)
     assert (tmp_path / "out/pareto.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "out/samples.txt").read_text().count("vBoN") == 8
 
@@ -794,7 +798,8 @@ def test_quick_run_its_cache_and_its_results(tmp_path):
     assert code == 0 and text.count("corrupt") == 1 and victim.name in text
     assert text.count("already there") == 4
     again = results(tmp_path / "out")
-    assert len(again) == 8
+    assert len(again) == 8 and not [*tmp_path.glob("out/policies/*.checkpoint")]
+    assert (tmp_path / "out/samples.txt").read_text().count("vBoN bound") == 2 * 8
     for row in rows + again:
         del row["seconds"]
     assert all(row in again for row in rows)
@@ -808,11 +813,13 @@ def test_quick_run_its_cache_and_its_results(tmp_path):
     assert [row["method"] for row in rows] == ["ref", "bon", "soft-bon", *methods]
     for row in rows:
         assert (row["beta"] is not None) == (row["method"] in ("kl-rl", "soft-bon"))
+        assert row["beta_found"] == (row["beta"] is not None)
+    assert len({row["reward"] for row in results(tmp_path / "out") if row["method"] == "ref"}) == 3
     code, text, error = run("--quick", "--n", 2, "--method", "kl-rl", "--beta", 0.5, 2,
                             cwd=tmp_path)
     assert code == 0 and error == ""
-    given = [row["beta"] for row in results(tmp_path / "out")[-4:]]
-    assert given == [0.5, 2, 0.5, 2]
+    given = [(row["beta"], row["beta_found"]) for row in results(tmp_path / "out")[-4:]]
+    assert given == 2 * [(0.5, False), (2, False)]
 
     code, text, error = run("--quick", "--n", 2, cwd=tmp_path, program=figures)
     assert code == 0 and error == "" and (tmp_path / "out/m-n2.png").exists()
@@ -822,6 +829,24 @@ def test_quick_run_its_cache_and_its_results(tmp_path):
     assert code == 0 and text.count("i watched this ...") == 3 and "best of 2" in text
     code, _, error = run("--quick", "--n", 2, "--sample", "words " * 99, cwd=tmp_path)
     assert code == 2 and error.count("\n") == 1
+
+
+def test_what_a_run_depends_on(tmp_path):
+    """Neither on the other N nor on what ran before, but on every setting, such as M."""
+    args = ["--quick", "--steps", 5, "--method", "vbon", "kl-rl", "--beta", 0.5]
+    assert run(*args, "--n", 9, "--out", "one", cwd=tmp_path)[0] == 0
+    code, text, _ = run(*args, "--n", 2, 9, "--out", "two", cwd=tmp_path)
+    assert code == 0 and "n=9 15/15" in text and "n=2 5/5" in text   # threefold
+    one, two = (without_seconds(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == 5 and one == [row for row in two if row["n"] == 9]
+    code, text, _ = run(*args, "--n", 9, "--m", 20, "--out", "two", cwd=tmp_path)
+    assert code == 0 and text.count("already there") == 3                       # all but training
+    assert [row["m"] for row in results(tmp_path / "two")] == 10 * [16] + 5 * [20]
+    with contextlib.chdir(tmp_path):
+        w = train.build_world(train.prepare(["--quick"]), 0)
+    held, trained = (set(map(tuple, x.tolist())) for x in (w.held, w.prompt))
+    assert not held & trained and len(held) == len(trained) == 8
+    assert not torch.equal(w.held_rewards, w.draws["reward"])      # F is from others than best-of-N
 
 
 def test_wrong_usage_is_status_2_and_one_line(tmp_path, capsys, monkeypatch):
@@ -858,6 +883,7 @@ def test_killed_run_ends_with_the_same_numbers(tmp_path):
     args = ["--quick", "--n", 2, "--steps", 40, "--method", "bond"]
     assert run(*args, cwd=tmp_path)[0] == 0
     whole = without_seconds(tmp_path / "out")
+    assert whole[2]["win_rate"] > whole[0]["win_rate"] + 0.02                   # it has learned
     killed = subprocess.Popen([sys.executable, HERE / "train.py", *map(str, args), "--out",
                                "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL)
     while killed.poll() is None and not [*tmp_path.glob("killed/policies/*.checkpoint")]:
@@ -870,15 +896,17 @@ def test_killed_run_ends_with_the_same_numbers(tmp_path):
 
 TWO = """                       # the command, watched, then its process group put to the test
 import torch, torch.distributed as dist, train
-update, prompts, both = train.vbon.update, [], [None, None]
+update, seen, both = train.vbon.update, [], [None, None]
 def watched(*args):
-    prompts.append(args[5].tolist())
+    seen.append((args[5].tolist(), args[-1].initial_seed()))
     return update(*args)
 train.vbon.update = watched
 train.main()
-dist.all_gather_object(both, prompts)
-for a, b in zip(*both, strict=True):                       # each step: two shares of one batch
+dist.all_gather_object(both, seen)
+for (a, _), (b, _) in zip(*both, strict=True):             # each step: two shares of one batch
     assert len(a) == len(b) == 2 and len(set(map(tuple, a + b))) == 4
+assert both[0][0][0] != both[0][1][0]                      # and another one than before
+assert len({seed for rank in both for _, seed in rank}) == 4
 p = torch.nn.Parameter(torch.zeros(2))
 p.grad = torch.full((2,), train.RANK + 1.0)
 optimizer = torch.optim.SGD([p], 1.0)
@@ -891,12 +919,12 @@ assert p.tolist() == [-1.5, -1.5]
 def test_two_processes_draw_what_one_draws(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     (tmp_path / "two.py").write_text(TWO)
-    args = ["--quick", "--n", "2", "--steps", "2", "--out"]
+    args = ["--quick", "--n", "2", "--steps", "2", "--m", "400", "--out"]      # 2 parts to draw
     assert run(*args, "one", cwd=tmp_path)[0] == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*torchrun, "--", tmp_path / "two.py", *args, "two"], cwd=tmp_path,
                           text=True, capture_output=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.count("theory, N = 2") == 1, done.stderr
+    assert done.returncode == 0 and done.stdout.count("5 evaluation") == 1, done.stderr
     one, two = (without_seconds(tmp_path / name) for name in ("one", "two"))
     for a, b in zip(one[:2], two[:2]):                                # reference and best-of-N
         assert (a.pop("ranks"), b.pop("ranks")) == (1, 2)
@@ -916,3 +944,6 @@ def test_own_reviews_in_both_layouts(tmp_path):
             (tmp_path / "files" / name / f"{i}.txt").write_text(text.replace(" . ", " .<br />"))
     assert len(load_reviews(tmp_path / "lines")) == len(set(reviews))
     assert sorted(load_reviews(tmp_path / "files")) == sorted(load_reviews(tmp_path / "lines"))
+    with contextlib.chdir(tmp_path):
+        s = train.prepare(["--data", "lines", "--m", "7"]).s
+    assert (s["reviews"], s["steps"], s["m"]) == (len(set(reviews)), 600, 7)
