@@ -85,7 +85,7 @@ def prepare(argv: list[str] | None) -> World:
         if (max(args.n) > w.s["m_eval"] or not all(0 < x < math.inf for x in numbers)
                 or args.sample is not None and not args.sample.split()):
             raise ValueError(f"want 0 < n <= {w.s['m_eval']}; 0 < beta, steps, m; words to sample")
-        figures.add_results(w.out / "results.jsonl", [], {})           # can be read and written
+        figures.add_results(w.out / "results.jsonl", [], w.s)          # can be read and written
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         usage_error(error)
     if RANKS > 1:
