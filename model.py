@@ -106,10 +106,9 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, cache: list[Tensor] | None = None, start: int = 0,
                 where: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) of the next token after each of `tokens` (B, T).
-
-        With a `cache` from `new_cache`, `tokens` continue at position `start`: it keeps keys and
-        values. Only a first call (start = 0) may bring several tokens.
+        """Logits (B, T, V) of the next token after each of `tokens` (B, T), or (R, V) for the R of
+        them that `where` (B, T) picks. With a `cache` from `new_cache`, `tokens` continue at
+        position `start`: it keeps keys and values. Only a first call may bring several tokens.
         """
         x = self.wte(tokens) + self.wpe.weight[start:start + tokens.shape[1]]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):     # logits: float32
@@ -190,7 +189,7 @@ class GPT(nn.Module):
 def load_gpt(saved: dict, device: torch.device) -> GPT:
     """A GPT from its config and weights; its head is a parameter of its own, not the embedding."""
     model = GPT(**saved["config"])
-    model.load_state_dict(saved["weights"], assign=True)
+    model.load_state_dict({k: x.clone() for k, x in saved["weights"].items()}, assign=True)
     return model.to(device)
 
 # ------------------------------------------------------------------------------- GPT-2's own files

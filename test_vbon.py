@@ -861,7 +861,7 @@ def test_wrong_usage_is_status_2_and_one_line(tmp_path, capsys, monkeypatch):
                 (tmp_path / name / f"{label}.txt").write_bytes(text.encode("latin1"))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/results.jsonl").write_text("not json\n")
-    for args in (["--n", "0"], ["--n", "2.5"], ["--n", "999", "--method", "kl-rl"],
+    for args in (["--n", "0"], ["--n", "2.5"], ["--n", "999"], ["--n", "17", "--method", "kl-rl"],
                  ["--beta", "nan"], ["--method", "dpo"], ["--nonsense"], ["--data", "nowhere"],
                  ["--data", "one"], ["--data", "few"],
                  ["--data", "empty"], ["--data", "latin"], ["--device", "abacus"],

@@ -34,7 +34,7 @@ from reward import (builtin_reviews, encode, load_reviews, pretrained_encoding, 
                     train_tokenizer)
 from vbon import Target
 
-RANK, RANKS = (int(os.environ.get(name, i)) for i, name in enumerate(("RANK", "WORLD_SIZE")))
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 # -------------------------------------------------------------------- the command and its settings
 
@@ -68,7 +68,7 @@ def usage_error(message: object) -> None:
 
 def prepare(argv: list[str] | None) -> World:
     """What all seeds share: args, out, device, reviews (--data), model and encoding (--init), and
-    s, the settings. What could be wrong with a command is looked at here, before any work."""
+    s, the settings. Most of what can be wrong with a command shows here, before any work."""
     args = parse(argv)
     w = World(args=args, out=Path(args.out), model=None, encoding=None)
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,9 +82,10 @@ def prepare(argv: list[str] | None) -> World:
                 raise ValueError(f"{args.init}: {size} tokens, {w.encoding.n_vocab} in vocab.json")
         w.s = settings(w)
         numbers = [x for x in (*args.n, *(args.beta or []), args.steps, args.m) if x is not None]
-        if (max(args.n) > w.s["m_eval"] or not all(0 < x < math.inf for x in numbers)
+        most = w.s["m_eval" if args.beta or not {*args.method} & {*figures.TILTED} else "m"]
+        if (max(args.n) > most or not all(0 < x < math.inf for x in numbers)
                 or args.sample is not None and not args.sample.split()):
-            raise ValueError(f"want 0 < n <= {w.s['m_eval']}; 0 < beta, steps, m; words to sample")
+            raise ValueError(f"want 0 < n <= {most}; 0 < beta, steps, m; words to sample")
         figures.add_results(w.out / "results.jsonl", [], w.s)          # can be read and written
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         usage_error(error)
@@ -97,10 +98,10 @@ def prepare(argv: list[str] | None) -> World:
 def settings(w: World) -> dict:
     """All that a result depends on besides N, method and seed, in the order of the stages: a stage
     is done again when something up to its last setting has changed."""
-    code = [Path(vbon.__file__).with_name(f"{x}.py").read_text()
-            for x in ("vbon", "model", "reward", "train")]
-    s = dict(code=digest(code), device=w.device.type, ranks=RANKS,
-             init=w.model and digest([(k, x.sum().item()) for k, x in w.model.named_parameters()]),
+    code = [Path(__file__).with_name(f"{x}.py").read_text() for x in ("vbon", "model", "reward")]
+    s = dict(code=digest(code + [Path(__file__).read_text()]), device=w.device.type, ranks=RANKS,
+             init=w.model and digest((w.model.config, w.encoding.token_byte_values(),
+                                      [x.sum().item() for x in w.model.parameters()])),
              data=w.reviews and digest(w.reviews), reviews=len(w.reviews or range(12000)),
              vocab=768, width=64, layers=2, heads=2, prompt_tokens=4, length=24,
              lm_steps=1000, lm_batch=64, lm_lr=6e-3, epochs=4,        # 1 reference model, 2 reward
@@ -129,7 +130,7 @@ def track(label: str, steps: range, watch: dict | None = None) -> Iterator[int]:
         seen = "".join(f" {name} {value:.2f}" for name, value in (watch or {}).items())
         line = f"  {label} {i + 1}/{total}{seen}  {spent:.0f} of {spent / done * len(steps):.0f} s"
         if live or last or (i + 1) * 4 // total > i * 4 // total:
-            print(line.ljust(79 * live)[:79], end="\r" if live > last else "\n", flush=True)
+            print(f"{line:79.79}" if live else line, end="\r" if live > last else "\n", flush=True)
 
 
 def generator(device: torch.device | str, *names: object) -> torch.Generator:
@@ -185,7 +186,7 @@ def average_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
 def build_world(shared: World, seed: int) -> World:
     """Stages 1 to 3 for one seed. To what `prepare` found come: seed, reference, reward_fn, prompt
     (P, T0) and held (P', T0) to train and to evaluate on, train (reference samples to `prompt`:
-    response (P, M, L), reward (P, M)), draws (others, to `held`) and held_rewards (P', M')."""
+    response (P, M, L), reward (P, M)), draws (others, to `held`), held_rewards (P', M')."""
     w = World(**vars(shared), seed=seed)
     reviews = list(w.reviews or builtin_reviews(w.s["reviews"], seed))
     random.Random(seed).shuffle(reviews)
@@ -195,7 +196,7 @@ def build_world(shared: World, seed: int) -> World:
     print(f"1 text, tokenizer, reference model: {len(reviews)} reviews", flush=True)
     w.encoding = w.encoding or train_tokenizer(texts[:2000], w.s["vocab"])
     tokens = encode(w.encoding, texts, w.s["prompt_tokens"] + w.s["length"]).to(w.device)
-    apart = max(16, len(tokens) // 20)                       # reviews that nothing is trained on
+    apart = max(16, len(tokens) // 20)                       # reviews that no model is trained on
     saved = cached(w, "cache/reference", "lm_lr", build_reference, tokens, apart)
     w.reference = load_gpt(saved, w.device)
     print(f"  held-out perplexity: {math.exp(saved['nats']):.1f} a token")
@@ -236,9 +237,9 @@ def build_reference(w: World, tokens: Tensor, apart: int) -> dict:
 
 def draw(w: World, model: GPT, prompt: Tensor, k: int, *name: object) -> dict:
     """k responses of a model to each prompt (P, T0), their log-probabilities and rewards (P, k); of
-    a policy also ref_logprob and kl_ref. Ranks draw in turn, whatever their number the same."""
+    a policy also ref_logprob and kl_ref. Whatever rank draws part i, its random numbers are i's."""
     start, chunks, mine = time.time(), prompt.split(max(1, 2048 // k)), {}
-    for i in track(f"{' '.join(map(str, name[:2]))}, part", range(RANK, len(chunks), RANKS)):
+    for i in track(f"{' '.join(map(str, name[:3]))}, part", range(RANK, len(chunks), RANKS)):
         x = chunks[i]
         response, logprob = vbon.sample(model, x, k, w.s["length"],
                                         generator(w.device, w.seed, "draw", *name, i))
@@ -257,10 +258,10 @@ def draw(w: World, model: GPT, prompt: Tensor, k: int, *name: object) -> dict:
 
 
 def build_policy(w: World, target: Target) -> dict:
-    """Stage 4: the reference, fine-tuned towards a target, and on from a checkpoint, if any: each
-    step has its own random numbers, so that the outcome is the same to the last bit."""
+    """Stage 4: the reference, fine-tuned towards a target; flat learning rate, then half a cosine.
+    Each step has its own random numbers: on from a checkpoint, it ends the same to the last bit."""
     s, began, watch = w.s, time.time(), {}
-    target = target._replace(n=1) if target.method == "kl-rl" else target            # knows no N
+    target = target._replace(n=1) if target.method == "kl-rl" else target            # one for all N
     steps = s["steps"] * (3 if target.n > 8 else 1)        # far from π_ref, what is poor is rare
     policy = copy.deepcopy(w.reference)
     trained = vbon.low_rank(policy, s["rank"], generator("cpu", w.seed, "low rank"))
@@ -274,8 +275,7 @@ def build_policy(w: World, target: Target) -> dict:
         for p, x in zip(trained, saved["trained"]):
             p.data.copy_(x)
     for step in track(figures.label(target), range(saved["step"] if saved else 0, steps), watch):
-        late = max(0.0, 2 * step / steps - 1)                    # flat, then half a cosine
-        optimizer.param_groups[0]["lr"] = s["lr"] * (1 + math.cos(math.pi * late)) / 2
+        optimizer.param_groups[0]["lr"] = s["lr"] * math.sin(math.pi * max(0.5, step / steps)) ** 2
         order = torch.randperm(len(w.prompt), generator=generator("cpu", w.seed, *target, step))
         rows = order[:min(s["batch"], len(order) // RANKS * RANKS)][RANK::RANKS]
         watch |= vbon.update(policy, w.reference, optimizer, w.reward_fn,
@@ -294,15 +294,15 @@ def main(argv: list[str] | None = None) -> None:
     args, out, rows, text, pool = shared.args, shared.out, [], "", []
     for seed in dict.fromkeys(args.seed):
         w = build_world(shared, seed)
+        prompt = torch.tensor([w.encoding.encode_ordinary(args.sample or "")], device=w.device)
+        if prompt.shape[1] >= (limit := w.reference.config["block_size"]):
+            usage_error(f"--sample: want fewer than {limit} tokens, got {prompt.shape[1]}")
         print("4 fine-tuning: policies that do the work of best-of-N", flush=True)
         policies = {target: None if target.method in figures.DECODED else
                     cached(w, f"policies/{figures.label(target)}", "lr", build_policy, target)
                     for n in args.n
                     for target in figures.targets(args.method, n, args.beta, w.train["reward"])}
         if args.sample is not None:
-            prompt = torch.tensor([w.encoding.encode_ordinary(args.sample)], device=w.device)
-            if not 0 < prompt.shape[1] < (limit := w.reference.config["block_size"]):
-                usage_error(f"--sample: want 1 to {limit - 1} tokens, got {prompt.shape[1]}")
             print(figures.answers(w, policies, prompt.repeat(3, 1)), end="")
             continue
         print("5 evaluation on held-out prompts", flush=True)

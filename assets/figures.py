@@ -1,8 +1,8 @@
-"""figures.py: the tables and pictures of the README.
+"""figures.py: what methods aim at, results, tables and pictures: all of train.py but the training.
 
-`train.py` calls `report` at its end. By itself, this answers three questions that need no training:
-what the scale of the reward, the bound and the number of reference samples M do. It takes the
-arguments of `train.py`, uses what that has left in --out, and draws m-n*.png there.
+By itself, this answers three questions that need no fine-tuning: what the scale of the reward, the
+bound and the number of reference samples M do. It takes the arguments of `train.py`, uses what that
+has left in --out, and draws m-n*.png there.
 
     python assets/figures.py --n 4
 """
@@ -99,8 +99,8 @@ def theory(ref_rewards: Tensor) -> dict[str, dict[str, np.ndarray]]:
 
 
 def gaps(target: Target, row: dict, ref_rewards: Tensor, curves: dict) -> dict[str, float]:
-    """What a target's own optimum attains (aim_*), and how far that and the row lie below the
-    highest win rate and reward at their own KL (gap_*)."""
+    """What a target's own optimum attains (aim_*), and how far the row (gap_*) and that optimum
+    (aim_gap_*) lie below the highest win rate and reward at their own KL."""
     found = {f"aim_{name}": x for name, x in optimum(target, ref_rewards).items()}
     for plane, best in (("win_rate", curves["tilt"]), ("reward", curves["kl-rl"])):
         for by, at in (("", row), ("aim_", found)):
@@ -158,7 +158,7 @@ def read_results(path: Path) -> list[dict]:
 
 def add_results(path: Path, rows: list[dict], made_by: dict) -> None:
     """Append rows to results.jsonl; one with the same settings as an older row takes its place."""
-    names = ("method", "n", "beta", "seed", *made_by)
+    names = ("method", "n", "beta", "beta_found", "seed", *made_by)
     kept = {json.dumps([row.get(name) for name in names]): row
             for row in read_results(path) + [row | made_by for row in rows]}
     write(path, "".join(json.dumps(row) + "\n" for row in kept.values()).encode())
@@ -188,7 +188,7 @@ def print_table(rows: list[dict], m_eval: int) -> None:
     groups = over_seeds(rows)
     for n in dict.fromkeys(row["n"] for row in rows):
         for (_, method, beta), group in ((k, v) for k, v in groups.items() if k[0] == n):
-            cells = " ".join("{:7.3f} ±{:.3f}".format(*mean(group, name))[-13:].rjust(13)
+            cells = " ".join("{:.3f} ±{:.3f}".format(*mean(group, name)).rjust(13)
                              for name in ("win_rate", "kl_ref", "kl_bon"))
             print(f"{title(method, n):14}{mean(group, 'reward')[0]:7.2f}{cells}"
                   f"{mean(group, 'positive')[0]:6.2f}{group[0]['samples_per_answer']:6}"
@@ -210,7 +210,7 @@ def print_comparison(rows: list[dict]) -> None:
             aim, both = (mean(group, f"{by}gap_{plane}")[0] for by in ("aim_", ""))
             cells += f"{aim:13.3f}{both - aim:7.3f}"
         print(f"{NAMES[method]:11} N={n:<4}{mean(group, 'aim_win_rate')[0]:7.3f}"
-              f"{mean(group, 'aim_kl_ref')[0]:7.3f}{cells}")
+              f"{mean(group, 'aim_kl_ref')[0]:7.3f}{cells}" + (f" β={beta:g}" if beta else ""))
     print(f"\n{'on the Pareto frontier of its seed':36}{'win rate':>18}{'reward':>18}")
     shares = {plane: frontier_shares(rows, plane) for plane in ("win_rate", "reward")}
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -355,7 +355,7 @@ def png(fig) -> bytes:
     return picture.getvalue()
 
 
-def answers(w: SimpleNamespace, policies: dict[Target, dict], prompt: Tensor) -> str:
+def answers(w: SimpleNamespace, policies: dict[Target, dict | None], prompt: Tensor) -> str:
     """For each N: the prompts (P, T0), each with an answer by the reference, best-of-n and the
     policies, unedited, behind its reward."""
     length, text = min(w.s["length"], w.reference.config["block_size"] - prompt.shape[1]), ""
@@ -367,16 +367,17 @@ def answers(w: SimpleNamespace, policies: dict[Target, dict], prompt: Tensor) ->
                                       torch.Generator(w.device).manual_seed(w.seed))
             reward = w.reward_fn(prompt, response).cpu()
             best = vbon.best_of_n(reward, torch.Generator().manual_seed(0), target.beta)
+            beta = f" {target.beta:g}" if w.args.beta and target.beta else ""
             for i, j in enumerate(best.tolist()):
                 words = [x for x in response[i, j].tolist() if x != w.reference.eot]
-                lines[i] += (f"\n  {title(target.method, n):<14}{reward[i, j]:+6.2f}  "
+                lines[i] += (f"\n  {title(target.method, n) + beta:<14}{reward[i, j]:+6.2f}  "
                              f"...{w.encoding.decode(words)}")
         text += f"\nN = {n}, seed {w.seed}\n\n" + "\n".join(lines) + "\n"
     return text
 
 
 def report(out: Path, rows: list[dict], made_by: dict, ref_rewards: Tensor) -> None:
-    """The tables of this run, and pareto.png with all results of the same settings."""
+    """A table of this run; a comparison and pareto.png of all results with the same settings."""
     print_table(rows, made_by["m_eval"])
     rows = [row for row in read_results(out / "results.jsonl")
             if all(row.get(name) == value for name, value in made_by.items())]
