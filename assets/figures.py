@@ -12,6 +12,7 @@ import math
 import os
 import random
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import vbon
-from model import load_gpt
+from model import GPT, load_gpt
 from vbon import Target
 
 matplotlib.use("agg")
@@ -345,6 +346,27 @@ def study_m(n: int, rows: list[dict]) -> bytes:
         ax.set_xticks(ms, ms)
         ax.minorticks_off()
     return png(fig)
+
+
+def cost(layers: int, width: int, heads: int, vocab: int, updates: int = 3) -> None:
+    """Time an update of 64·8 responses of 24 tokens by a GPT of random weights, on the CPU."""
+    import resource                                                           # not on Windows
+    g = torch.Generator().manual_seed(0)
+    reference = GPT(vocab, 28, layers, heads, width, generator=g)
+    policy = load_gpt(dict(config=reference.config, weights=reference.state_dict()), "cpu")
+    optimizer = torch.optim.Adam(vbon.low_rank(policy, 4, g), lr=1e-4, fused=True)
+    prompt, response = (torch.randint(vocab - 1, (64, *shape), generator=g)
+                        for shape in ((4,), (64, 24)))
+    seconds = []
+    for _ in range(updates):
+        start = time.time()
+        vbon.update(policy, reference, optimizer, lambda x, y: (y % 7).double().mean(-1),
+                    Target("vbon", 4), prompt, response, torch.randn(64, 64, generator=g), 8, g)
+        seconds.append(time.time() - start)
+    w = sum(p.numel() for name, p in reference.named_parameters() if "wpe" not in name)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6        # kB on Linux
+    print(f"W = {w / 1e6:.2f} M: {min(seconds):.2f} s, "
+          f"{10 * w * 64 * 8 * 24 / min(seconds) / 1e9:.0f} GFLOP/s, {memory:.2f} GB")
 
 
 def png(fig) -> bytes:
