@@ -83,7 +83,7 @@ def prepare(argv: list[str] | None) -> World:
         w.s = settings(w)
         numbers = [x for x in (*args.n, *(args.beta or []), args.steps, args.m) if x is not None]
         most = w.s["m_eval" if args.beta or not {*args.method} & {*figures.TILTED} else "m"]
-        if (max(args.n) > most or not all(0 < x < math.inf for x in numbers)
+        if (max(args.n) > most or not all(1e-9 < x < 1e9 for x in numbers)
                 or args.sample is not None and not args.sample.split()):
             raise ValueError(f"want 0 < n <= {most}; 0 < beta, steps, m; words to sample")
         figures.add_results(w.out / "results.jsonl", [], w.s)          # can be read and written

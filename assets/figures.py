@@ -386,7 +386,7 @@ def answers(w: SimpleNamespace, policies: dict[Target, dict | None], prompt: Ten
         for target, saved in ((t, saved) for t, saved in policies.items() if t.n == n):
             model = load_gpt(saved, w.device) if saved else w.reference
             response, _ = vbon.sample(model, prompt, draws(target), length,
-                                      torch.Generator(w.device).manual_seed(w.seed))
+                                      torch.Generator(w.device).manual_seed(w.seed % 2 ** 63))
             reward = w.reward_fn(prompt, response).cpu()
             best = vbon.best_of_n(reward, torch.Generator().manual_seed(0), target.beta)
             beta = f" {target.beta:g}" if w.args.beta and target.beta else ""
