@@ -85,7 +85,7 @@ def prepare(argv: list[str] | None) -> World:
         most = w.s["m_eval" if args.beta or not {*args.method} & {*figures.TILTED} else "m"]
         if (max(args.n) > most or not all(1e-9 < x < 1e9 for x in numbers)
                 or args.sample is not None and not args.sample.split()):
-            raise ValueError(f"want 0 < n <= {most}; 0 < beta, steps, m; words to sample")
+            raise ValueError(f"want 1 <= n <= {most}; beta, steps, m above 0; words to sample")
         figures.add_results(w.out / "results.jsonl", [], w.s)          # can be read and written
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         usage_error(error)
