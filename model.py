@@ -36,6 +36,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(n_embd, n_embd)
 
     def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """(B, T, C) -> (B, T, C). With a cache, x are the tokens from `start` on."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                     # 3 x (B, H, T, D)
@@ -59,6 +60,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * n_embd, n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C), each place by itself."""
         return self.c_proj(self.activation(self.c_fc(x)))
 
 
@@ -71,6 +73,7 @@ class Block(nn.Module):
         self.ln_2, self.mlp = nn.LayerNorm(n_embd), MLP(n_embd, activation)
 
     def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """(B, T, C) -> (B, T, C); cache and start as in `Attention`."""
         x = x + self.attn(self.ln_1(x), cache, start)
         return x + self.mlp(self.ln_2(x))
 
@@ -108,8 +111,7 @@ class GPT(nn.Module):
                 where: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of the next token after each of `tokens` (B, T), or (R, V) for the R of
         them that `where` (B, T) picks. With a `cache` from `new_cache`, `tokens` continue at
-        position `start`: it keeps keys and values. Only a first call may bring several tokens.
-        """
+        position `start`: it keeps keys and values. Only a first call may bring several tokens."""
         x = self.wte(tokens) + self.wpe.weight[start:start + tokens.shape[1]]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):     # logits: float32
             for i, block in enumerate(self.h):
@@ -129,8 +131,7 @@ class GPT(nn.Module):
         """Sample one response to each prompt: ids (B, T0) -> ids (B, length), log-prob (B,).
 
         A response ends at its first end-of-text or after `length` tokens; what follows an end is
-        filled with end-of-text. The log-probability (nats) counts the end and none of the filling.
-        """
+        filled with end-of-text. The log-probability (nats) counts the end and none of the rest."""
         out = torch.full((len(prompt), length), self.eot, device=prompt.device)          # (B, L)
         logprob = torch.zeros(len(prompt), device=prompt.device)                            # (B,)
         rows = torch.arange(len(prompt), device=prompt.device)         # rows still in the batch

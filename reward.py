@@ -213,6 +213,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.weight.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B,)
+        """The logit of each text, padded with end-of-text."""
         mask = response_mask(tokens, self.eot)
         return (self.weight(tokens)[..., 0] * mask).sum(1) / mask.sum(1).sqrt() + self.bias
 

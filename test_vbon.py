@@ -821,6 +821,9 @@ def test_quick_run_its_cache_and_its_results(tmp_path):
     given = [(row["beta"], row["beta_found"]) for row in results(tmp_path / "out")[-4:]]
     assert given == 2 * [(0.5, False), (2, False)]
 
+
+def test_the_three_questions_and_own_words(tmp_path):
+    assert run("--quick", "--n", 2, cwd=tmp_path)[0] == 0
     code, text, error = run("--quick", "--n", 2, cwd=tmp_path, program=figures)
     assert code == 0 and error == "" and (tmp_path / "out/m-n2.png").exists()
     assert "probability" in text and "RMSE" in text

@@ -145,9 +145,9 @@ def digest(x: object) -> str:
 
 def save(path: Path, content: dict) -> None:
     """Write tensors and numbers, from rank 0, behind their checksum."""
-    torch.save(content, buffer := io.BytesIO())
     if RANK == 0:
-        figures.write(path, hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
+        torch.save(content, buffer := io.BytesIO())
+        figures.write(path, hashlib.sha256(buffer.getbuffer()).digest() + buffer.getvalue())
 
 
 def load(path: Path) -> dict | None:

@@ -238,13 +238,13 @@ def winners(ref_rewards: Tensor, n: int, k: int, generator: torch.Generator) -> 
 
 class LowRank(nn.Module):
     """W + B A with A (rank, columns) and B (rows, rank) to be trained; B is 0 at first."""
-
     def __init__(self, weight: Tensor, rank: int, generator: torch.Generator):
         super().__init__()
         a = torch.randn(rank, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
         self.a, self.b = (nn.Parameter(x.to(weight)) for x in (a, torch.zeros(len(weight), rank)))
 
     def forward(self, weight: Tensor) -> Tensor:
+        """W -> W + B A, of the same shape."""
         return weight + self.b @ self.a
 
 
