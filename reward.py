@@ -1,10 +1,11 @@
-"""reward.py: labelled reviews, their tokens, and a classifier whose logit is the reward.
+"""reward.py: the reward, a sentiment classifier; then the reviews it learns from, and their tokens.
 
-A reward is anything that maps responses to numbers: a function of prompt (P, T0) and response
-(P, K, L) that returns (P, K). vBoN needs no gradient of it, and sees only how it ranks responses.
+A reward is a function of prompt (P, T) and response (P, K, L) that returns numbers (P, K). vBoN
+needs no gradient of it, and sees only how it ranks responses. Here it is the logit of "positive" of
+a classifier. The sections after the classifier make the experiment possible, but have nothing to do
+with vBoN: skip them on a first reading.
 """
 import math
-import os
 import random
 import re
 from collections import Counter, defaultdict
@@ -13,16 +14,62 @@ from pathlib import Path
 
 import tiktoken
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as functional
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor, nn
 
-from model import PRETRAINED
-from vbon import response_mask
+from model import PRETRAINED, UnusableInput, read_json, response_mask
 
-Review = tuple[str, int]                                    # text, label: 1 positive, 0 negative
-MIN_REVIEWS = 100                                           # of each label
-LONGEST = 2000                                              # characters of a review that are used
+Review = tuple[str, int]                                # text, label: 1 positive, 0 negative
+
+# ----------------------------------------------------------------------------------- the classifier
+
+class Classifier(nn.Module):
+    """Logistic regression on the tokens of a text.
+
+    The logit is the sum of the tokens' weights, divided by the square root of their number, plus a
+    bias. Weights for pairs of tokens would be right a little more often. But most pairs that a
+    model writes are in no review: their weight is noise, which no policy can learn to please.
+    """
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.eot = vocab_size - 1
+        self.weight = nn.Embedding(vocab_size, 1)
+        self.bias = nn.Parameter(torch.zeros(1))
+        nn.init.zeros_(self.weight.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B,)
+        """The logit of "positive" of each text; texts are padded with end-of-text."""
+        counts = response_mask(tokens, self.eot)
+        weight = self.weight(tokens)[..., 0]            # (B, T)
+        total = (weight * counts).sum(1)
+        return total / counts.sum(1).sqrt() + self.bias
+
+    @torch.no_grad()
+    def reward(self, prompt: Tensor, response: Tensor) -> Tensor:  # (P, T), (P, K, L) -> (P, K)
+        """The logit of prompt and response together."""
+        P, K, L = response.shape
+        each_prompt = prompt.repeat_interleave(K, 0)
+        each_response = response.view(P * K, L)
+        text = torch.cat([each_prompt, each_response], 1)
+        return self(text).view(P, K)
+
+
+def train_classifier(tokens: Tensor, labels: Tensor, vocab_size: int, epochs: int,
+                     generator: torch.Generator) -> Classifier:
+    """Fit a classifier to texts (R, T), padded with end-of-text, and labels (R,), 0 or 1."""
+    model = Classifier(vocab_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.03, weight_decay=0.1)
+    for _ in range(epochs):
+        order = torch.randperm(len(tokens), generator=generator)
+        for rows in order.split(256):
+            logit = model(tokens[rows])
+            loss = functional.binary_cross_entropy_with_logits(logit, labels[rows].float())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model
 
 # ----------------------------------------------------------------------------- the built-in reviews
 
@@ -57,35 +104,48 @@ VERDICT = {3: "a joy from start to finish|worth every minute",
 def builtin_reviews(count: int, seed: int) -> list[Review]:
     """Short film reviews from a small grammar, written for this project.
 
-    A mood, drawn per review, tilts every choice between praise and complaint, so that most reviews
-    mix both. The label is a coin whose log-odds are 1.2 times the total strength: a little noisy.
+    Each review has a mood, which tilts every choice between praise and complaint: most reviews mix
+    both. The label is a coin whose log-odds are 1.2 times the review's strength: a little noisy.
     """
     rng = random.Random(f"reviews/{seed}")
     reviews = []
     for _ in range(count):
         text, strength = _review(rng)
-        reviews.append((text, int(rng.random() < 1 / (1 + math.exp(-1.2 * strength)))))
+        chance = 1 / (1 + math.exp(-1.2 * strength))
+        label = int(rng.random() < chance)
+        reviews.append((text, label))
     return reviews
 
 
 def _review(rng: random.Random) -> tuple[str, float]:
-    """One review and its total strength."""
+    """One review and its strength: an opening, then two comments."""
     mood = rng.choice([-1.0, -0.4, 0.0, 0.4, 1.0])
     opening = rng.random()
+    before = 0.0                                        # strength of the part before
     if opening < 0.5:
-        text, before = " ".join(map(rng.choice, (WHO, DID, FILM, WHEN))), 0.0
+        text = _phrase(rng, WHO, DID, FILM, WHEN)
     elif opening < 0.75:
-        text, before = " ".join(map(rng.choice, (KIND, PLOT, HERO))), 0.0
+        text = _phrase(rng, KIND, PLOT, HERO)
     else:
         text, before = _comment(rng, mood)
     total = before
     for _ in range(2):
         comment, strength = _comment(rng, mood)
-        agree = " and" if strength * before > 0 else " but"
-        text += (" ." if before == 0 or rng.random() < 0.5 else agree) + " " + comment
-        before = strength
+        if before == 0 or rng.random() < 0.5:
+            text += " . "
+        elif strength * before > 0:
+            text += " and "
+        else:
+            text += " but "
+        text += comment
         total += strength
+        before = strength
     return text + " .", total
+
+
+def _phrase(rng: random.Random, *parts: list[str]) -> str:
+    """One word or phrase of each list."""
+    return " ".join(rng.choice(part) for part in parts)
 
 
 def _comment(rng: random.Random, mood: float) -> tuple[str, float]:
@@ -94,8 +154,8 @@ def _comment(rng: random.Random, mood: float) -> tuple[str, float]:
     if kind < 0.62:
         degree = rng.choices(list(DEGREE), [3, 1, 1, 1, 1])[0]
         word, strength = _graded(rng, QUALITY, mood)
-        return (f"the {rng.choice(ASPECT)} {rng.choice(SEEMED)} {degree}{word}",
-                strength * DEGREE[degree])
+        text = f"the {_phrase(rng, ASPECT, SEEMED)} {degree}{word}"
+        return text, strength * DEGREE[degree]
     if kind < 0.82:
         word, strength = _graded(rng, FEELING, mood)
         return f"i {word} the {rng.choice(ASPECT)}", strength
@@ -103,39 +163,75 @@ def _comment(rng: random.Random, mood: float) -> tuple[str, float]:
 
 
 def _graded(rng: random.Random, table: dict[int, str], mood: float) -> tuple[str, float]:
-    """A phrase of the table and its strength; a bright mood prefers the strong praise."""
-    words = [(word, s) for s, group in table.items() for word in group.split("|")]
-    return rng.choices(words, [math.exp(mood * s / 1.5) for _, s in words])[0]
+    """A phrase of the table and its strength; a bright mood prefers strong praise."""
+    phrases = []
+    weights = []
+    for strength, group in table.items():
+        for phrase in group.split("|"):
+            phrases.append((phrase, strength))
+            weights.append(math.exp(mood * strength / 1.5))
+    return rng.choices(phrases, weights)[0]
 
 # --------------------------------------------------------------------------------- your own reviews
 
-def load_reviews(folder: str) -> list[Review]:
-    """The reviews in `folder`, duplicates removed: pos.txt and neg.txt with one review a line, or
-    pos/*.txt and neg/*.txt with one review a file (the layout of IMDB's train folder). UTF-8.
-    Raises ValueError for anything that cannot be used, and says what is wanted.
+MIN_REVIEWS = 100                                       # of each label
+LONGEST = 2000                                          # characters of a review that are used
+LINE_BREAK = re.compile(r"<\s*/?\s*br\s*/?\s*>", re.IGNORECASE)
+
+
+def load_reviews(folder: str | Path) -> list[Review]:
+    """The reviews of a folder, in UTF-8: pos.txt and neg.txt with one review a line, or pos/*.txt
+    and neg/*.txt with one review a file (the layout of IMDB's train folder).
+
+    Repeated reviews and HTML line breaks are removed. A text that has both labels is dropped.
+    Raises UnusableInput, which says what is wanted.
     """
-    root, reviews = Path(folder), {}
+    root = Path(folder)
     if not root.is_dir():
-        raise ValueError(f"--data {folder}: no such folder")
-    for name, label in (("pos", 1), ("neg", 0)):
-        files = sorted((root / name).glob("*.txt")) or [root / f"{name}.txt"]
-        if not files[0].is_file():
-            raise ValueError(f"--data {folder}: want {name}.txt, one review a line, "
-                             f"or {name}/*.txt, one review a file")
-        before = len(reviews)
-        for file in files:
-            try:
-                text = file.read_text(encoding="utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{file}: not UTF-8 text (byte {error.start})") from None
-            for line in text.split("\n") if file.parent == root else [text]:
-                line = " ".join(re.sub(r"<br\s*/?>", " ", line).split())[:LONGEST]
-                if line:
-                    reviews.setdefault(line.casefold(), (line, label))
-        if len(reviews) - before < MIN_REVIEWS:
-            raise ValueError(f"--data {folder}: {len(reviews) - before} different {name} reviews, "
-                             f"want at least {MIN_REVIEWS}")
-    return list(reviews.values())
+        raise UnusableInput(f"--data {folder}: no such folder")
+    positive = _read_texts(root, "pos")
+    negative = _read_texts(root, "neg")
+    both = positive.keys() & negative.keys()
+    if both:
+        print(f"  {len(both)} texts have both labels and are dropped")
+    reviews = []
+    for name, texts, label in (("pos", positive, 1), ("neg", negative, 0)):
+        kept = [text for key, text in texts.items() if key not in both]
+        if len(kept) < MIN_REVIEWS:
+            raise UnusableInput(f"--data {folder}: {len(kept)} different {name} reviews, "
+                                f"want at least {MIN_REVIEWS}")
+        reviews += [(text, label) for text in kept]
+    return reviews
+
+
+def _read_texts(root: Path, name: str) -> dict[str, str]:
+    """The texts of one label, under the key that makes two of them the same."""
+    texts = {}
+    one_file = root / f"{name}.txt"
+    files = [file for file in sorted((root / name).glob("*.txt")) if file.name[0] != "."]
+    if not files and not one_file.is_file():
+        raise UnusableInput(f"--data {root}: want {name}.txt, one review a line, or {name}/*.txt, "
+                            f"one review a file")
+    if files:
+        found = [_read_text(file) for file in files]
+    else:
+        found = _read_text(one_file).split("\n")
+    for text in found:
+        text = LINE_BREAK.sub(" ", text)
+        text = " ".join(text.split())[:LONGEST]
+        if text:
+            texts.setdefault(text.casefold(), text)
+    return texts
+
+
+def _read_text(path: Path) -> str:
+    """A text file in UTF-8, without the mark that some editors put at its beginning."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnusableInput(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UnusableInput(f"{path}: {error.strerror}") from None
 
 # ---------------------------------------------------------------------------------------- tokenizer
 
@@ -146,95 +242,115 @@ PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
-    """Learn byte-pair merges (Sennrich et al. 2016, arXiv 1508.07909) and return an encoder: ids
-    0..255 are the bytes, then come the merges in the order learned, then end-of-text; fewer than
-    `vocab_size` in all when the text runs out of pairs."""
+    """Learn byte-pair merges (Sennrich et al. 2016, arXiv 1508.07909) and return an encoder.
+
+    Ids 0..255 are the bytes. Then come the merges in the order learned: always the most frequent
+    pair of neighbours. Then end-of-text. Fewer than `vocab_size` if the text runs out of pairs.
+    """
     counts = Counter(word for text in texts for word in re.findall(PATTERN, text))
-    words = [([bytes([b]) for b in word.encode()], count) for word, count in counts.items()]
+    # each different word as a list of tokens, at first its bytes
+    words = []
+    for word, count in counts.items():
+        parts = [bytes([b]) for b in word.encode("utf-8")]
+        words.append((parts, count))
     ranks = {bytes([b]): b for b in range(256)}
-    pairs, where, changed = Counter(), defaultdict(set), range(len(words))
-    while True:
-        for i in changed:                                  # at first all, then those just merged
-            for pair in zip(words[i][0], words[i][0][1:]):
-                pairs[pair] += words[i][1]
-                where[pair].add(i)
+    # how often each pair of neighbours occurs, and in which words
+    pairs = Counter()
+    where = defaultdict(set)
+    for i in range(len(words)):
+        _count_pairs(words[i], i, pairs, where)
+    while len(ranks) < vocab_size - 1:
         best = max(pairs, key=pairs.get, default=None)
-        if len(ranks) >= vocab_size - 1 or not pairs[best]:
-            return make_encoding(ranks)
-        ranks.setdefault(b"".join(best), len(ranks))     # known, if made another way too
-        changed = where.pop(best)
-        for i in changed:
+        if not pairs[best]:
+            break
+        ranks.setdefault(best[0] + best[1], len(ranks))     # known, if made another way too
+        for i in where.pop(best):
             parts, count = words[i]
             for pair in zip(parts, parts[1:]):
                 pairs[pair] -= count
-            for j in range(len(parts) - 1):
-                if tuple(parts[j:j + 2]) == best:
-                    parts[j:j + 2] = [b"".join(best)]
+            _merge(parts, best)
+            _count_pairs(words[i], i, pairs, where)
+    return make_encoding(ranks)
+
+
+def _count_pairs(word: tuple[list[bytes], int], i: int, pairs: Counter, where: dict) -> None:
+    """Add the pairs of word i to the counts."""
+    parts, count = word
+    for pair in zip(parts, parts[1:]):
+        pairs[pair] += count
+        where[pair].add(i)
+
+
+def _merge(parts: list[bytes], pair: tuple[bytes, bytes]) -> None:
+    """Join each occurrence of the pair, from the left, in place."""
+    j = 0
+    while j < len(parts) - 1:
+        if (parts[j], parts[j + 1]) == pair:
+            parts[j:j + 2] = [pair[0] + pair[1]]
+        j += 1
 
 
 def make_encoding(ranks: dict[bytes, int], pattern: str = PATTERN) -> tiktoken.Encoding:
-    """An encoder from its merges: token bytes to id, lower ids merged first."""
+    """An encoder from its merges (bytes to id, lower ids are merged first); end-of-text is last."""
     return tiktoken.Encoding("vbon", pat_str=pattern, mergeable_ranks=ranks,
                              special_tokens={END: len(ranks)})
 
 
-def pretrained_encoding(source: str) -> tiktoken.Encoding:
-    """GPT-2's tokenizer: tiktoken's own, or from merges.txt and vocab.json of a folder."""
-    if source in PRETRAINED:
+def pretrained_encoding(source: str | Path) -> tiktoken.Encoding:
+    """GPT-2's tokenizer: tiktoken's own, downloaded, or vocab.json and merges.txt of a folder.
+
+    Raises UnusableInput, which says what is wrong.
+    """
+    if str(source) in PRETRAINED:
         return tiktoken.get_encoding("gpt2")
-    os.environ["TIKTOKEN_CACHE_DIR"] = ""    # else tiktoken may return another folder's files
-    try:
-        files = [str(Path(source, name)) for name in ("merges.txt", "vocab.json")]
-        return make_encoding(tiktoken.load.data_gym_to_mergeable_bpe_ranks(*files), r50k_pat_str)
-    except (OSError, ValueError, KeyError, AssertionError) as error:
-        raise ValueError(f"{source}: no GPT-2 vocabulary in merges.txt and vocab.json: "
-                         f"{type(error).__name__}") from None
+    folder = Path(source)
+    vocabulary = read_json(folder / "vocab.json")
+    merges = _read_text(folder / "merges.txt").split("\n")
+    if merges[0].startswith("#version"):
+        merges = merges[1:]
+    merges = [line.split() for line in merges if line.strip()]
+    letters = _byte_letters()
+    # ids are given out in this order: bytes, merges, end-of-text; so an id tells its merge's rank
+    order = list(letters) + ["".join(pair) for pair in merges] + [END]
+    ranks = {}
+    for rank, token in enumerate(order):
+        if vocabulary.get(token) != rank and token not in letters:
+            raise UnusableInput(f"{folder}: vocab.json: want {rank} for the token {token!r}, as in "
+                                f"merges.txt, got {vocabulary.get(token)}")
+    if len(vocabulary) != len(order):
+        raise UnusableInput(f"{folder}: vocab.json has {len(vocabulary)} tokens, merges.txt makes "
+                            f"{len(order)}")
+    for token, rank in vocabulary.items():
+        if token != END:
+            if not isinstance(rank, int) or not set(token) <= letters.keys():
+                raise UnusableInput(f"{folder}: vocab.json: {token!r} is no string of bytes")
+            ranks[bytes(letters[letter] for letter in token)] = rank
+    return make_encoding(ranks, r50k_pat_str)
+
+
+def _byte_letters() -> dict[str, int]:
+    """How GPT-2's files write the 256 bytes: printable ones as themselves, others as U+0100 on."""
+    letters = {}
+    others = 0
+    for byte in range(256):
+        if chr(byte).isprintable() and chr(byte) != " ":
+            letters[chr(byte)] = byte
+        else:
+            letters[chr(256 + others)] = byte
+            others += 1
+    return letters
 
 
 def encode(encoding: tiktoken.Encoding, texts: Iterable[str], length: int) -> Tensor:
-    """Ids (R, length): each text cut to `length` tokens or filled up with end-of-text."""
-    rows = [encoding.encode_ordinary(text)[:length] for text in texts]
-    eot = encoding.eot_token
-    return torch.tensor([row + [eot] * (length - len(row)) for row in rows])
-
-# ----------------------------------------------------------------------------------- the classifier
-
-class Classifier(nn.Module):
-    """Logistic regression on the tokens, the logit of "positive": the sum of their weights over the
-    square root of their number, plus a bias. Pairs of tokens would be right some points more often,
-    but most that a model writes are in no review: noise to the reward, which no policy can learn.
-    """
-
-    def __init__(self, vocab_size: int):
-        super().__init__()
-        self.eot = vocab_size - 1
-        self.weight = nn.Embedding(vocab_size, 1)
-        self.bias = nn.Parameter(torch.zeros(1))
-        nn.init.zeros_(self.weight.weight)
-
-    def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B,)
-        """The logit of each text, padded with end-of-text."""
-        mask = response_mask(tokens, self.eot)
-        return (self.weight(tokens)[..., 0] * mask).sum(1) / mask.sum(1).sqrt() + self.bias
-
-    @torch.no_grad()
-    def reward(self, prompt: Tensor, response: Tensor) -> Tensor:  # (P, T0), (P, K, L) -> (P, K)
-        """The logit on prompt and response together, end-of-text included."""
-        P, K, _ = response.shape
-        tokens = torch.cat([prompt[:, None].expand(P, K, -1), response], -1)
-        return self(tokens.flatten(0, 1)).view(P, K)
+    """Ids (R, length): each text cut to `length` tokens, or filled up with end-of-text."""
+    table = []
+    for text in texts:
+        row = encoding.encode_ordinary(text)[:length]
+        padding = [encoding.eot_token] * (length - len(row))
+        table.append(row + padding)
+    return torch.tensor(table)
 
 
-def train_classifier(tokens: Tensor, labels: Tensor, vocab_size: int, epochs: Iterable[int],
-                     generator: torch.Generator) -> Classifier:
-    """Fit to reviews (R, T), padded with end-of-text, and labels (R,) in {0, 1}."""
-    model = Classifier(vocab_size).to(tokens.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.03, weight_decay=0.1)
-    for _ in epochs:
-        for rows in torch.randperm(len(tokens), generator=generator).split(256):
-            rows = rows.to(tokens.device)
-            loss = F.binary_cross_entropy_with_logits(model(tokens[rows]), labels[rows].float())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return model
+def decode(encoding: tiktoken.Encoding, ids: list[int]) -> str:
+    """The text of ids, without end-of-text."""
+    return encoding.decode([i for i in ids if i != encoding.eot_token])

@@ -1,330 +1,913 @@
-"""train.py: from text to a policy whose one sample does the work of best-of-N, in five stages.
+"""train.py: from text to a policy whose one sample does the work of best-of-N.
 
-    python train.py --n 4                             the main job: a minute on two cores
-    python train.py --n 2 4 8 --seed 0 1 2            several N, several repetitions
-    python train.py --n 4 --method vbon kl-rl         or bound, bon-sft, bond, soft-bon: see README
-    python train.py --n 4 --data DIR --init gpt2      your own labelled reviews, OpenAI's weights
-    python train.py --n 4 --sample "i watched this"   your own words, answered three ways
-    torchrun --nproc_per_node 2 -- train.py --n 4     on several GPUs, or machines
+    python train.py --n 4                              the main job: about a minute on two cores
+    python train.py --n 4 --sample "i watched this"    your own words, answered three ways
+    python train.py --n 4 --data DIR --init gpt2       your own reviews, OpenAI's weights
 
-All it finds goes to --out; the same command, or another N, goes on from there, after a crash too.
+Five stages, in the order of `main`: text, reward, reference samples, fine-tuning, evaluation.
+What they find goes to --out. A run that was stopped goes on when the same command is given again.
 """
 import argparse
 import copy
+import dataclasses
 import hashlib
 import io
+import json
 import math
 import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
-from operator import attrgetter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace as World
+from typing import NamedTuple
 
+import tiktoken
 import torch
-import torch.distributed as dist
+import torch.distributed
 from torch import Tensor
 
 import vbon
-from assets import figures
-from model import GPT, lm_loss, load_gpt, train_lm
-from reward import (builtin_reviews, encode, load_reviews, pretrained_encoding, train_classifier,
-                    train_tokenizer)
-from vbon import Target
+from model import GPT, UnusableInput, add_adapters, lm_loss, merge_adapters, token_kl
+from reward import (builtin_reviews, decode, encode, load_reviews, pretrained_encoding,
+                    train_classifier, train_tokenizer)
 
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# ------------------------------------------------------------------------------------- the settings
 
-# -------------------------------------------------------------------- the command and its settings
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, with defaults in brackets; a wrong one ends with status 2 and one line."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = usage_error
-    add = parser.add_argument_group("the method").add_argument
-    add("--n", type=int, nargs="+", default=[4], help="of best-of-N: more reward, further away (4)")
-    add("--method", nargs="+", default=["vbon"], choices=figures.NAMES, metavar="M", help="(vbon)")
-    add("--beta", type=float, nargs="+", help="of kl-rl, soft-bon (as far away as best-of-N)")
-    add("--steps", type=int, help="updates: more land closer to best-of-N (tripled for N > 8)")
-    add("--m", type=int, help="reference samples to a training prompt: more make a better F")
-    add = parser.add_argument_group("the text, the model, the run").add_argument
-    add("--data", help="a folder with pos.txt and neg.txt, or pos/*.txt and neg/*.txt (built-in)")
-    add("--init", help="gpt2, gpt2-medium, -large, -xl, or a Hugging Face folder (a new model)")
-    add("--seed", type=int, nargs="+", default=[0], help="each is a repetition of everything (0)")
-    add("--sample", metavar="TEXT", help="print answers to TEXT; trains only what is missing")
-    add("--out", default="out", metavar="DIR", help="folder of results and cache (out)")
-    add("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
-    add("--quick", action="store_true", help="all tiny: a smoke test of seconds")
-    return parser.parse_args(argv)
-
-
-def usage_error(message: object) -> None:
-    """Wrong usage or unusable input: one line, status 2."""
-    print("train.py: error:", f"{message}".partition("\n")[0], file=sys.stderr)
-    raise SystemExit(2)
-
-
-def prepare(argv: list[str] | None) -> World:
-    """What all seeds share: args, out, device, reviews (--data), model and encoding (--init), and
-    s, the settings. Most of what can be wrong with a command shows here, before any work."""
-    args = parse(argv)
-    w = World(args=args, out=Path(args.out), model=None, encoding=None)
-    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        name += f":{os.environ['LOCAL_RANK']}" if name == "cuda" and RANKS > 1 else ""
-        w.device = torch.zeros(1, device=name).device
-        w.reviews = load_reviews(args.data) if args.data else None
-        if args.init:
-            w.model, w.encoding = GPT.from_pretrained(args.init), pretrained_encoding(args.init)
-            if (size := w.model.config["vocab_size"]) != w.encoding.n_vocab:
-                raise ValueError(f"{args.init}: {size} tokens, {w.encoding.n_vocab} in vocab.json")
-        w.s = settings(w)
-        numbers = [x for x in (*args.n, *(args.beta or []), args.steps, args.m) if x is not None]
-        most = w.s["m_eval" if args.beta or not {*args.method} & {*figures.TILTED} else "m"]
-        if (max(args.n) > most or not all(1e-9 < x < 1e9 for x in numbers)
-                or args.sample is not None and not args.sample.split()):
-            raise ValueError(f"want 1 <= n <= {most}; beta, steps, m above 0; words to sample")
-        figures.add_results(w.out / "results.jsonl", [], w.s)          # can be read and written
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        usage_error(error)
-    if RANKS > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if w.device.type == "cuda" else "gloo")
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-    return w
+@dataclass(frozen=True)
+class Settings:
+    """The sizes of everything. These defaults belong to the built-in text."""
+    # text: reviews, their tokens, the reference model
+    reviews: int = 12_000           # reviews to learn from
+    vocab: int = 768                # tokens in the vocabulary
+    prompt_tokens: int = 4          # a prompt is the first tokens of a review
+    length: int = 24                # a response has at most so many tokens
+    layers: int = 2
+    heads: int = 2
+    width: int = 64
+    lm_steps: int = 1000            # updates of the reference model
+    lm_batch: int = 64              # reviews in one of them
+    lm_lr: float = 6e-3
+    # reward
+    epochs: int = 4                 # times that the classifier sees each review
+    # reference samples
+    prompts: int = 512              # prompts to train on
+    m: int = 64                     # M, reference samples to each of them
+    held_prompts: int = 64          # other prompts, to evaluate on
+    m_eval: int = 512               # M there: what is left of the error of F is small
+    # fine-tuning
+    steps: int = 90                 # updates of the policy
+    batch: int = 64                 # prompts in one of them
+    k: int = 8                      # K, responses to each of these prompts
+    rank: int = 4                   # of the adapters
+    lr: float = 5e-3
+    # evaluation
+    samples: int = 64               # responses of the policy to each held-out prompt
 
 
-def settings(w: World) -> dict:
-    """All that a result depends on besides N, method and seed, in the order of the stages: a stage
-    is done again when something up to its last setting has changed."""
-    code = [Path(__file__).with_name(f"{x}.py").read_text() for x in ("vbon", "model", "reward")]
-    s = dict(code=digest(code + [Path(__file__).read_text()]), device=w.device.type, ranks=RANKS,
-             init=w.model and digest((w.model.config, w.encoding.token_byte_values(),
-                                      [x.sum().item() for x in w.model.parameters()])),
-             data=w.reviews and digest(w.reviews), reviews=len(w.reviews or range(12000)),
-             vocab=768, width=64, layers=2, heads=2, prompt_tokens=4, length=24,
-             lm_steps=1000, lm_batch=64, lm_lr=6e-3, epochs=4,        # 1 reference model, 2 reward
-             held_prompts=64, m_eval=512, prompts=512, m=64,          # 3 reference samples
-             steps=90, batch=64, k=8, rank=4, lr=5e-3, samples=64)    # 4 fine-tuning, 5 evaluation
-    if w.reviews:                            # real text has more entropy: more of everything
-        s |= dict(vocab=min(2048, max(512, s["reviews"] // 4)), lm_lr=3e-3,
-                  lm_steps=min(2000, s["reviews"] // 3), epochs=6, m=128, steps=600, lr=3e-3)
-    if w.model:                              # GPT-2 knows English already
-        s |= dict(lm_steps=min(150, s["reviews"] // 50), lm_lr=5e-5, held_prompts=32, prompts=256,
-                  m=64, steps=250, length=min(24, w.model.config["block_size"] - 4))
-    if w.args.quick:
-        s |= dict(vocab=400, width=32, reviews=600, lm_steps=10, epochs=1, held_prompts=8,
-                  m_eval=64, prompts=8, m=16, steps=3, batch=4, k=4, samples=8)
-    s["batch"] += -s["batch"] % RANKS                            # the same number for every process
-    return s | {name: value for name in ("steps", "m") if (value := getattr(w.args, name))}
+def choose_settings(args: argparse.Namespace, n: int, data: list | None, given: "Given | None"
+                    ) -> Settings:
+    """The settings for this kind of text and model, and what the command line says."""
+    s = Settings()
+    if data is not None:
+        # real text has more different words and sentences: more of everything
+        count = len(data)
+        s = dataclasses.replace(
+            s, reviews=count, vocab=min(2048, max(512, count // 4)), lm_lr=3e-3,
+            lm_steps=min(2000, count // 3), epochs=6, m=128, steps=600, lr=3e-3)
+    if given is not None:
+        # GPT-2 knows English already, and is a thousand times as large
+        room = given.model.config["block_size"] - s.prompt_tokens
+        s = dataclasses.replace(
+            s, lm_steps=min(150, s.reviews // 50), lm_lr=5e-5, prompts=256, m=64, held_prompts=32,
+            steps=250, length=min(24, room))
+    if args.quick:
+        s = dataclasses.replace(
+            s, reviews=600, vocab=400, width=32, lm_steps=10, epochs=1, prompts=8, m=16,
+            held_prompts=8, m_eval=64, steps=3, batch=4, k=4, samples=8)
+    if n > 8:
+        # far from the reference, what is poor is rare: it takes more samples to unlearn it
+        s = dataclasses.replace(s, steps=3 * s.steps)
+    if args.steps is not None:
+        s = dataclasses.replace(s, steps=args.steps)
+    if args.m is not None:
+        s = dataclasses.replace(s, m=args.m)
+    return s
 
-# --------------------------------------------------- progress, randomness, the cache, several ranks
-
-def track(label: str, steps: range, watch: dict | None = None) -> Iterator[int]:
-    """The steps. Prints what stands in `watch`, and seconds so far and expected."""
-    start, live, total = time.time(), sys.stdout.isatty(), steps.stop
-    for done, i in enumerate(steps, 1):
-        yield i
-        spent, last = time.time() - start, done == len(steps)
-        seen = "".join(f" {name} {value:.2f}" for name, value in (watch or {}).items())
-        line = f"  {label} {i + 1}/{total}{seen}  {spent:.0f} of {spent / done * len(steps):.0f} s"
-        if live or last or (i + 1) * 4 // total > i * 4 // total:
-            print(f"{line:79.79}" if live else line, end="\r" if live > last else "\n", flush=True)
-
-
-def generator(device: torch.device | str, *names: object) -> torch.Generator:
-    """Random numbers named by what they are for, whatever ran before."""
-    return torch.Generator(device).manual_seed(int(digest(names), 16))
-
-
-def digest(x: object) -> str:
-    """A short name for what prints the same twice."""
-    return hashlib.sha256(f"{torch.__version__}{x!r}".encode()).hexdigest()[:12]
-
-
-def save(path: Path, content: dict) -> None:
-    """Write tensors and numbers, from rank 0, behind their checksum."""
-    if RANK == 0:
-        torch.save(content, buffer := io.BytesIO())
-        figures.write(path, hashlib.sha256(buffer.getbuffer()).digest() + buffer.getvalue())
-
-
-def load(path: Path) -> dict | None:
-    """What `save` wrote, on every rank; None if it is not there or not whole."""
-    box = [path.read_bytes() if RANK == 0 and path.exists() else b""]
-    if RANKS > 1:
-        dist.broadcast_object_list(box)
-    if hashlib.sha256(box[0][32:]).digest() == box[0][:32]:
-        return torch.load(io.BytesIO(box[0][32:]), "cpu", weights_only=True)
-    if box[0]:
-        print(f"  corrupt, building it again: {path}", flush=True)
-
-
-def cached(w: World, name: str, last: str, build: Callable[..., dict], *args: object) -> dict:
-    """What `build(w, *args)` returns, kept in a file that is named by all it depends on: the seed
-    and the settings up to `last`. Meanwhile, w.checkpoint is there to go on from."""
-    upto = [*w.s.items()][:[*w.s].index(last) + 1]
-    path = w.out / f"{name}-seed{w.seed}-{digest(upto)}.pt".replace(" ", "-")
-    w.checkpoint = path.with_suffix(".checkpoint")
-    if found := load(path):
-        print(f"  already there: {path.relative_to(w.out)}", flush=True)
-    else:
-        save(path, build(w, *args))
-        found = load(path)                      # what is read again is the same to the last bit
-    w.checkpoint.unlink(missing_ok=True)
-    return found
-
-
-def average_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """Before each step: the mean over ranks, each of which saw its share of the prompts."""
-    for p in optimizer.param_groups[0]["params"]:
-        dist.all_reduce(p.grad, dist.ReduceOp.AVG)
 
 # --------------------------------------------------------------------------------------- the stages
 
-def build_world(shared: World, seed: int) -> World:
-    """Stages 1 to 3 for one seed. To what `prepare` found come: seed, reference, reward_fn, prompt
-    (P, T0) and held (P', T0) to train and to evaluate on, train (reference samples to `prompt`:
-    response (P, M, L), reward (P, M)), draws (others, to `held`), held_rewards (P', M')."""
-    w = World(**vars(shared), seed=seed)
-    reviews = list(w.reviews or builtin_reviews(w.s["reviews"], seed))
-    random.Random(seed).shuffle(reviews)
-    texts, labels = zip(*reviews)
-    labels = torch.tensor(labels, device=w.device)
-
-    print(f"1 text, tokenizer, reference model: {len(reviews)} reviews", flush=True)
-    w.encoding = w.encoding or train_tokenizer(texts[:2000], w.s["vocab"])
-    tokens = encode(w.encoding, texts, w.s["prompt_tokens"] + w.s["length"]).to(w.device)
-    apart = max(16, len(tokens) // 20)                       # reviews that no model is trained on
-    saved = cached(w, "cache/reference", "lm_lr", build_reference, tokens, apart)
-    w.reference = load_gpt(saved, w.device)
-    print(f"  held-out perplexity: {math.exp(saved['nats']):.1f} a token")
-
-    print("2 reward: a sentiment classifier's logit", flush=True)
-    classifier = train_classifier(
-        tokens[apart:], labels[apart:], w.encoding.n_vocab, track("epoch", range(w.s["epochs"])),
-        generator("cpu", seed, "classifier"))
-    w.reward_fn = classifier.reward                        # or any function of the same signature
-    right = (classifier(tokens[:apart]) > 0) == (labels[:apart] > 0)
-    print(f"  held-out accuracy: {right.float().mean().item():.3f}")
-
-    print("3 reference samples, for the CDF of the reward", flush=True)
-    starts = dict.fromkeys(map(tuple, tokens[:, :w.s["prompt_tokens"]].tolist()))
-    starts = [x for x in starts if w.encoding.eot_token not in x]        # no sequence twice
-    if (held := min(w.s["held_prompts"], len(starts) // 4)) < 2:
-        usage_error(f"only {len(starts)} different beginnings of reviews; want at least 8")
-    starts = torch.tensor(starts[:held + w.s["prompts"]], device=w.device)
-    w.held, w.prompt = starts[:held], starts[held:]
-    w.train = cached(w, "cache/training", "m", draw, w.reference, w.prompt, w.s["m"], "training")
-    first, w.draws = (cached(w, f"cache/held-out-{part}", "m_eval", draw, w.reference, w.held,
-                             w.s["m_eval"], "held-out", part) for part in (0, 1))
-    w.held_rewards = first["reward"]
-    return w
-
-
-def build_reference(w: World, tokens: Tensor, apart: int) -> dict:
-    """Stage 1: a new GPT, or GPT-2, trained on all reviews (R, T) but the first `apart`."""
-    s, g = w.s, generator("cpu", w.seed, "init")
-    shape = w.encoding.n_vocab, tokens.shape[1], s["layers"], s["heads"], s["width"]
-    model = copy.deepcopy(w.model) if w.model else GPT(*shape, generator=g)
-    train_lm(model.to(w.device), tokens[apart:], s["lm_steps"], s["lm_batch"], s["lm_lr"],
-             generator("cpu", w.seed, "lm"), track("step", range(s["lm_steps"])))
-    with torch.no_grad():
-        nats = [lm_loss(model, part).item() for part in tokens[:apart].split(64)]
-    return dict(config=model.config, weights=model.state_dict(), nats=sum(nats) / len(nats))
-
-
-def draw(w: World, model: GPT, prompt: Tensor, k: int, *name: object) -> dict:
-    """k responses of a model to each prompt (P, T0), their log-probabilities and rewards (P, k); of
-    a policy also ref_logprob and kl_ref. Whatever rank draws part i, its random numbers are i's."""
-    start, chunks, mine = time.time(), prompt.split(max(1, 2048 // k)), {}
-    for i in track(f"{' '.join(map(str, name[:3]))}, part", range(RANK, len(chunks), RANKS)):
-        x = chunks[i]
-        response, logprob = vbon.sample(model, x, k, w.s["length"],
-                                        generator(w.device, w.seed, "draw", *name, i))
-        part = dict(response=response.int(), logprob=logprob, reward=w.reward_fn(x, response))
-        if model is not w.reference:
-            with torch.no_grad():
-                part |= dict(ref_logprob=vbon.response_logprob(w.reference, x, response),
-                             kl_ref=vbon.response_kl(model, w.reference, x, response))
-        mine[i] = {key: value.cpu() for key, value in part.items()}
-    box = [mine] * RANKS
-    if RANKS > 1:
-        dist.all_gather_object(box, mine)
-    parts = [box[i % RANKS][i] for i in range(len(chunks))]
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} | dict(
-        seconds=time.time() - start)
-
-
-def build_policy(w: World, target: Target) -> dict:
-    """Stage 4: the reference, fine-tuned towards a target; flat learning rate, then half a cosine.
-    Each step has its own random numbers: on from a checkpoint, it ends the same to the last bit."""
-    s, began, watch = w.s, time.time(), {}
-    target = target._replace(n=1) if target.method == "kl-rl" else target            # one for all N
-    steps = s["steps"] * (3 if target.n > 8 else 1)        # far from π_ref, what is poor is rare
-    policy = copy.deepcopy(w.reference)
-    trained = vbon.low_rank(policy, s["rank"], generator("cpu", w.seed, "low rank"))
-    optimizer = torch.optim.Adam(trained, betas=(0.9, 0.99), fused=True)
-    if RANKS > 1:
-        optimizer.register_step_pre_hook(average_gradients)
-    if saved := load(w.checkpoint):
-        print(f"  {figures.label(target)}: on from step {saved['step']}", flush=True)
-        began -= saved["seconds"]
-        optimizer.load_state_dict(saved["optimizer"])
-        for p, x in zip(trained, saved["trained"]):
-            p.data.copy_(x)
-    for step in track(figures.label(target), range(saved["step"] if saved else 0, steps), watch):
-        optimizer.param_groups[0]["lr"] = s["lr"] * math.sin(math.pi * max(0.5, step / steps)) ** 2
-        order = torch.randperm(len(w.prompt), generator=generator("cpu", w.seed, *target, step))
-        rows = order[:min(s["batch"], len(order) // RANKS * RANKS)][RANK::RANKS]
-        watch |= vbon.update(policy, w.reference, optimizer, w.reward_fn,
-                             vbon.grow(target, step, steps), w.prompt[rows.to(w.device)],
-                             w.train["response"][rows].long().to(w.device), w.train["reward"][rows],
-                             s["k"], generator(w.device, w.seed, *target, step, RANK))
-        save(w.checkpoint, dict(step=step + 1, seconds=time.time() - began, trained=trained,
-                                optimizer=optimizer.state_dict()))
-    weights = {name: attrgetter(name)(policy).detach() for name in w.reference.state_dict()}
-    return dict(config=policy.config, weights=weights, seconds=time.time() - began)     # with B A
-
-
 def main(argv: list[str] | None = None) -> None:
-    """The five stages for each seed, straight down, then what was found."""
-    began, shared = time.time(), prepare(argv)
-    args, out, rows, text, pool = shared.args, shared.out, [], "", []
-    for seed in dict.fromkeys(args.seed):
-        w = build_world(shared, seed)
-        prompt = torch.tensor([w.encoding.encode_ordinary(args.sample or "")], device=w.device)
-        if prompt.shape[1] >= (limit := w.reference.config["block_size"]):
-            usage_error(f"--sample: want fewer than {limit} tokens, got {prompt.shape[1]}")
-        print("4 fine-tuning: policies that do the work of best-of-N", flush=True)
-        policies = {target: None if target.method in figures.DECODED else
-                    cached(w, f"policies/{figures.label(target)}", "lr", build_policy, target)
-                    for n in args.n
-                    for target in figures.targets(args.method, n, args.beta, w.train["reward"])}
-        if args.sample is not None:
-            print(figures.answers(w, policies, prompt.repeat(3, 1)), end="")
-            continue
-        print("5 evaluation on held-out prompts", flush=True)
-        w.curves = figures.theory(w.held_rewards)
-        new = []
-        for target, saved in policies.items():
-            drawn = draw(w, load_gpt(saved, w.device), w.held, w.s["samples"],
-                         "evaluate", *target) if saved else w.draws
-            new.append(figures.result(w, target, drawn, saved, generator("cpu", seed, *target)))
-        rows, pool = rows + new, pool + [w.held_rewards]
-        text += figures.answers(w, policies, w.held[:8])
-        if RANK == 0:
-            figures.add_results(out / "results.jsonl", new, w.s)
-            figures.write(out / "samples.txt", text.lstrip().encode())
-    if rows and RANK == 0:
-        figures.report(out, rows, shared.s, torch.cat(pool))
-        print(f"{time.time() - began:.0f} s; see pareto.png, samples.txt, results.jsonl in {out}/")
+    """One N, one seed: from text to a policy; then a table, a picture and samples of it."""
+    began = time.time()
+    args = parse_arguments(argv)
+    n = args.n
+    seed = args.seed
+    out = Path(args.out)
+    device = start_processes(args.device)
+    data = load_reviews(args.data) if args.data else None
+    given = load_given(args.init)
+    settings = choose_settings(args, n, data, given)
+    check_arguments(args, n, settings)
+    read_results(out)                                   # if they are damaged, say so now
+    say = print if args.sample is None else silent      # answers come first
+
+    # ---- text: reviews, their tokens, and a language model of them, the reference π_ref
+    text = make_text(data, given, settings, seed)
+    question = encode_question(args.sample, text, settings, given)
+    reference, perplexity = get_reference(out, text, given, settings, seed, device)
+    say(f"text: {len(text.tokens)} reviews; the reference model has a perplexity of "
+        f"{perplexity:.1f}")
+
+    # ---- reward: the logit of a sentiment classifier
+    reward, accuracy = get_reward(text, settings, seed, device)
+    say(f"reward: the classifier is right on {accuracy:.0%} of the reviews it has not seen")
+
+    # ---- reference samples: F, the CDF of the reward, is estimated from their rewards
+    samples, held, draws = get_samples(out, reference, reward, text, settings, seed)
+    say(f"reference samples: {samples.reward.numel()} to train with, "
+        f"{held.reward.numel()} for F in the evaluation, {draws.reward.numel()} for best of {n}")
+
+    # ---- fine-tuning: make one sample of the policy look like the best of n
+    policy, history, seconds = get_policy(out, reference, reward, text.prompts, samples, n,
+                                          settings, seed)
+    models = [("reference", reference, 1), (f"best of {n}", reference, n), ("vBoN", policy, 1)]
+    if question is not None:
+        print(answers(text.encoding, question, reward.fn, models, settings, seed), end="")
+        return
+
+    # ---- evaluation: on prompts and reference samples that were not used so far
+    held_prompts = text.held_prompts.to(device)
+    policy_row, rewards = evaluate("vbon", policy, reference, reward.fn, held_prompts, held,
+                                   n, settings, seed)
+    policy_row["seconds"] += seconds
+    rows = [reference_row(draws, held, n), best_of_n_row(draws, held, n, seed), policy_row]
+    print_table(rows, held.reward)
+
+    # ---- what stays: results, a picture, answers
+    made_by = describe(settings, data, given, device)
+    add_results(out, [row | {"seed": seed, "beta": None} | made_by for row in rows])
+    draw_picture(out / "vbon.png", rows, draws, held, rewards, history, seed)
+    report = answers(text.encoding, held_prompts[:8], reward.fn, models, settings, seed)
+    write_whole(out / "samples.txt", report.encode("utf-8"))
+    print(f"\n{time.time() - began:.0f} s; {out}/ holds a picture, vbon.png, and answers, "
+          f"samples.txt")
+
+
+class Text(NamedTuple):
+    """What the stage `text` makes."""
+    encoding: tiktoken.Encoding
+    tokens: Tensor                  # (R, T) reviews, cut or padded with end-of-text
+    labels: Tensor                  # (R,) 1 positive, 0 negative
+    unseen: int                     # so many reviews, the first ones, no model is trained on
+    prompts: Tensor                 # (P, T0) to train on
+    held_prompts: Tensor            # (P', T0) to evaluate on; none of them is among the others
+
+
+class Reward(NamedTuple):
+    """What the stage `reward` makes."""
+    fn: Callable[[Tensor, Tensor], Tensor]      # prompt (P, T0), response (P, K, L) -> (P, K)
+    depends_on: list                # what names this reward in the files of later stages
+
+
+class Samples(NamedTuple):
+    """Responses of the reference model to P prompts, M to each."""
+    response: Tensor                # (P, M, L)
+    logprob: Tensor                 # (P, M)
+    reward: Tensor                  # (P, M)
+    seconds: float
+
+
+def make_text(data: list | None, given: "Given | None", settings: Settings, seed: int) -> Text:
+    """Stage text: reviews, a tokenizer, and the prompts, which are beginnings of reviews."""
+    reviews = list(data or builtin_reviews(settings.reviews, seed))
+    random.Random(seed).shuffle(reviews)
+    texts = [text for text, _ in reviews]
+    labels = torch.tensor([label for _, label in reviews])
+    if given is not None:
+        encoding = given.encoding
+    else:
+        encoding = train_tokenizer(texts[:2000], settings.vocab)
+    tokens = encode(encoding, texts, settings.prompt_tokens + settings.length)
+
+    # beginnings of reviews, each once, in the order of the reviews
+    beginnings = tokens[:, :settings.prompt_tokens].tolist()
+    different = dict.fromkeys(tuple(ids) for ids in beginnings if encoding.eot_token not in ids)
+    starts = torch.tensor(list(different))
+    held = min(settings.held_prompts, len(starts) // 4)
+    if held < 2:
+        raise UnusableInput(f"want at least 8 different beginnings of reviews, got {len(starts)}")
+    last = held + settings.prompts
+    unseen = max(16, len(reviews) // 20)
+    return Text(encoding, tokens, labels, unseen, starts[held:last], starts[:held])
+
+
+# Raise this by one after a change of `train_reference`, so that no old model is used.
+REFERENCE_VERSION = 1
+
+
+def get_reference(out: Path, text: Text, given: "Given | None", settings: Settings, seed: int,
+                  device: torch.device) -> tuple[GPT, float]:
+    """The reference model, and its perplexity on reviews that it has not seen."""
+    shape = dict(vocab_size=text.encoding.n_vocab, block_size=text.tokens.shape[1],
+                 n_layer=settings.layers, n_head=settings.heads, n_embd=settings.width)
+    start = given and weights(given.model)
+    path = stage_path(out, f"reference-model-seed{seed}", REFERENCE_VERSION, source("model.py"),
+                      text.tokens, text.unseen, shape, start, settings.lm_steps, settings.lm_batch,
+                      settings.lm_lr, device.type, seed)
+    saved = stored(path, train_reference, text, given, shape, settings, seed, device)
+    return load_model(saved, device), math.exp(saved["nats"])
+
+
+def train_reference(text: Text, given: "Given | None", shape: dict, settings: Settings, seed: int,
+                    device: torch.device) -> dict:
+    """Maximum likelihood on the reviews, from random weights or from GPT-2's."""
+    if given is not None:
+        model = copy.deepcopy(given.model)
+    else:
+        model = GPT(**shape, generator=random_numbers("cpu", "weights", seed))
+    model = model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lm_lr, betas=(0.9, 0.95),
+                                  weight_decay=0.01, fused=True)
+    seen = text.tokens[text.unseen:]
+    order = random_numbers("cpu", "reviews", seed)
+    began = time.time()
+    for step in range(settings.lm_steps):
+        # the learning rate rises for 20 steps, then falls along a cosine
+        warmup = (step + 1) / 20
+        cosine = 0.5 * (1 + math.cos(math.pi * step / settings.lm_steps))
+        optimizer.param_groups[0]["lr"] = settings.lm_lr * min(warmup, cosine)
+        rows = torch.randint(len(seen), (settings.lm_batch,), generator=order)
+        loss = lm_loss(model, seen[rows].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        show_progress("reference model", step + 1, settings.lm_steps, began)
+    with torch.no_grad():
+        parts = text.tokens[:text.unseen].split(64)
+        nats = [lm_loss(model, part.to(device)).item() for part in parts]
+    # the policy starts as a copy of the reference, and its head is to learn by itself
+    model.untie_head()
+    return {"config": model.config, "weights": model.state_dict(), "nats": sum(nats) / len(nats)}
+
+
+def get_reward(text: Text, settings: Settings, seed: int, device: torch.device
+               ) -> tuple[Reward, float]:
+    """Stage reward: a classifier's logit, and how often it is right on reviews it has not seen.
+
+    It is trained anew at each start, on the CPU: that takes a second, and always ends the same.
+    """
+    classifier = train_classifier(
+        text.tokens[text.unseen:], text.labels[text.unseen:], text.encoding.n_vocab,
+        settings.epochs, random_numbers("cpu", "classifier", seed))
+    says_positive = classifier(text.tokens[:text.unseen]) > 0
+    is_right = says_positive == (text.labels[:text.unseen] == 1)
+    depends_on = [weights(classifier), source("reward.py")]
+    return Reward(classifier.to(device).reward, depends_on), is_right.float().mean().item()
+
+
+def get_samples(out: Path, reference: GPT, reward: Reward, text: Text, settings: Settings, seed: int
+                ) -> list[Samples]:
+    """Stage reference samples: for training, for F in the evaluation, and for best-of-N there.
+
+    The last two have the same prompts. Best-of-N chooses among other draws than those that F is
+    estimated from: they must be independent.
+    """
+    device = reference.wte.weight.device
+    found = []
+    for name, prompts, m in (("training", text.prompts, settings.m),
+                             ("held-out", text.held_prompts, settings.m_eval),
+                             ("draws", text.held_prompts, settings.m_eval)):
+        path = stage_path(out, f"samples-{name}-seed{seed}", source("model.py"),
+                          weights(reference), reward.depends_on, prompts, m,
+                          settings.length, device.type, name, seed)
+        saved = stored(path, draw_samples, reference, reward.fn, prompts.to(device), m,
+                       settings.length, name, seed)
+        found.append(Samples(**saved))
+    return found
+
+
+def draw_samples(model: GPT, reward_fn, prompts: Tensor, k: int, length: int, name: str, seed: int
+                 ) -> dict:
+    """k responses of a model to each prompt (P, T), with their log-probabilities and rewards.
+
+    About a thousand responses at a time. Each part has its own random numbers, so that it does
+    not matter which process draws it.
+    """
+    began = time.time()
+    parts = prompts.split(max(1, 1024 // k))
+    mine = {}
+    for i in range(process(), len(parts), processes()):
+        generator = random_numbers(prompts.device, "draw", name, seed, i)
+        response, logprob = model.sample(parts[i], k, length, generator)
+        reward = reward_fn(parts[i], response)
+        mine[i] = (response.cpu(), logprob.cpu(), reward.cpu())
+        show_progress(f"samples ({name})", i + 1, len(parts), began)
+    done = from_all_processes(mine)
+    columns = zip(*[done[i] for i in range(len(parts))])
+    response, logprob, reward = [torch.cat(column) for column in columns]
+    return {"response": response, "logprob": logprob, "reward": reward,
+            "seconds": time.time() - began}
+
+
+def get_policy(out: Path, reference: GPT, reward: Reward, prompts: Tensor, samples: Samples, n: int,
+               settings: Settings, seed: int) -> tuple[GPT, list[dict], float]:
+    """Stage fine-tuning: the policy, what was watched while it learned, and seconds."""
+    device = reference.wte.weight.device
+    path = stage_path(out, f"policy-vbon-n{n}-seed{seed}", *policy_depends_on(
+        reference, reward, prompts, samples, settings), "vbon", n, seed)
+    checkpoint = path.with_suffix(".checkpoint")
+    saved = stored(path, fine_tune, checkpoint, reference, reward.fn, prompts.to(device),
+                   samples.reward, n, settings, seed)
+    checkpoint.unlink(missing_ok=True)
+    return load_model(saved, device), saved["history"], saved["seconds"]
+
+
+def policy_depends_on(reference: GPT, reward: Reward, prompts: Tensor, samples: Samples,
+                      settings: Settings) -> list:
+    """All that a fine-tuned policy depends on besides method, N and seed."""
+    code = [source(file) for file in ("vbon.py", "train.py", "model.py")]
+    return [code, weights(reference), reward.depends_on, prompts, samples.response,
+            samples.reward, settings.length, settings.steps, settings.batch, settings.k,
+            settings.rank, settings.lr, reference.wte.weight.device.type, processes()]
+
+
+def fine_tune(checkpoint: Path, reference: GPT, reward_fn, prompts: Tensor, ref_rewards: Tensor,
+              n: int, settings: Settings, seed: int) -> dict:
+    """vBoN: the reference, fine-tuned towards best-of-n on prompts (P, T), ref_rewards (P, M)."""
+    policy = copy.deepcopy(reference)
+    trained = add_adapters(policy, settings.rank, random_numbers("cpu", "adapters", seed))
+    optimizer = torch.optim.Adam(trained, lr=settings.lr, betas=(0.9, 0.99), fused=True)
+    average_gradients(optimizer)                        # over processes, if there are several
+    first, history, before = resume(checkpoint, trained, optimizer)
+    began = time.time() - before
+    for step in range(first, settings.steps):
+        # the learning rate is constant for half of the steps, then it falls along a cosine
+        progress = step / settings.steps
+        if progress > 0.5:
+            factor = 0.5 * (1 + math.cos(math.pi * (2 * progress - 1)))
+            optimizer.param_groups[0]["lr"] = factor * settings.lr
+        # each step has its own random numbers: a run that goes on after a stop ends the same
+        order = torch.randperm(len(prompts), generator=random_numbers("cpu", "batch", seed, step))
+        rows = share(order[:settings.batch])            # of this process; usually all
+        generator = random_numbers(prompts.device, "vbon", n, seed, step, process())
+        stats = vbon.update(
+            policy, reference, optimizer, reward_fn, prompts[rows.to(prompts.device)],
+            ref_rewards[rows], vbon.grow(n, step, settings.steps), settings.k, settings.length,
+            generator, prompts_at_a_time(policy, settings))
+        history.append(stats)
+        save_checkpoint(checkpoint, step + 1, trained, optimizer, history, time.time() - began)
+        show_progress(f"vBoN n={n}", step + 1, settings.steps, began, stats)
+    merge_adapters(policy)
+    return {"config": policy.config, "weights": policy.state_dict(), "history": history,
+            "seconds": time.time() - began}
+
+
+def prompts_at_a_time(model: GPT, settings: Settings) -> int:
+    """So many that the logits of their responses are at most 2^26 numbers, a quarter of a GB."""
+    logits = settings.k * settings.length * model.config["vocab_size"]
+    return max(1, 2 ** 26 // logits)
+
+# ----------------------------------------------------------------------------------- the evaluation
+
+def metrics(logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int,
+            kl_ref: Tensor | None = None) -> dict[str, float]:
+    """Means and standard errors over responses (P, K) of a policy that gives them `logprob`.
+
+    kl_ref (P, K) replaces log π_θ - log π_ref, where there is a quieter estimate of its mean.
+    """
+    if kl_ref is None:
+        kl_ref = logprob - ref_logprob
+    log_bon = vbon.bon_target(ref_logprob, reward, ref_rewards, n)
+    columns = {
+        "reward": reward,
+        "win_rate": vbon.win_rate(reward, ref_rewards),
+        "kl_ref": kl_ref,
+        "kl_bon": logprob.double() - log_bon,
+    }
+    row = {}
+    for name, x in columns.items():
+        row[name], row[name + "_se"] = mean_and_error(x)
+    row["positive"] = (reward > 0).double().mean().item()
+    return row
+
+
+def mean_and_error(x: Tensor) -> tuple[float, float]:  # (P, K) -> mean, standard error
+    """The mean of a metric, and its standard error over prompts.
+
+    Responses to one prompt hang together. So a prompt counts as one observation: its mean.
+    """
+    per_prompt = x.double().mean(1)
+    error = per_prompt.std() / math.sqrt(len(per_prompt))
+    return per_prompt.mean().item(), error.item()
+
+
+def reference_row(draws: Samples, held: Samples, n: int) -> dict:
+    """The reference model itself, from all its draws."""
+    row = metrics(draws.logprob, draws.logprob, draws.reward, held.reward, n)
+    return {"method": "ref", "n": n} | row | {"samples_per_answer": 1, "seconds": draws.seconds}
+
+
+def best_of_n_row(draws: Samples, held: Samples, n: int, seed: int) -> dict:
+    """Best-of-N, really drawn: each n draws of the reference give one answer."""
+    ref_logprob, reward = choose_best(draws, n, seed)
+    # the probability under best-of-n of what it returned is known by its formula
+    log_bon = vbon.bon_target(ref_logprob, reward, held.reward, n)
+    row = metrics(log_bon, ref_logprob, reward, held.reward, n)
+    return {"method": "bon", "n": n} | row | {"samples_per_answer": n, "seconds": draws.seconds}
+
+
+def choose_best(draws: Samples, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The best of each n draws: its log-probability under the reference, and its reward (P, A)."""
+    P, M = draws.reward.shape
+    answers = M // n
+    reward = draws.reward[:, :answers * n].reshape(-1, n)           # (P·A, n)
+    logprob = draws.logprob[:, :answers * n].reshape(-1, n)
+    best = vbon.best_of_n(reward, random_numbers("cpu", "best", n, seed))[:, None]
+    return logprob.gather(1, best).view(P, answers), reward.gather(1, best).view(P, answers)
+
+
+def evaluate(method: str, policy: GPT, reference: GPT, reward_fn, prompts: Tensor, held: Samples,
+             n: int, settings: Settings, seed: int) -> tuple[dict, Tensor]:
+    """The row of a trained policy, from its own responses to held-out prompts; their rewards."""
+    began = time.time()
+    drawn = draw_samples(policy, reward_fn, prompts, settings.samples, settings.length,
+                         f"evaluation of {method}", seed)
+    ref_logprob = []
+    kl_ref = []
+    with torch.no_grad():
+        # one prompt at a time, since a large vocabulary makes large logits
+        for prompt, response in zip(prompts.split(1), drawn["response"].split(1)):
+            response = response.to(prompt.device)
+            ref_logprob.append(reference.logprob(prompt, response).cpu())
+            kl_ref.append(token_kl(policy, reference, prompt, response).cpu())
+    row = metrics(drawn["logprob"], torch.cat(ref_logprob), drawn["reward"], held.reward, n,
+                  torch.cat(kl_ref))
+    row = {"method": method, "n": n} | row
+    return row | {"samples_per_answer": 1, "seconds": time.time() - began}, drawn["reward"]
+
+# ------------------------------------------------------------------------------- what a person sees
+
+def title(method: str, n: int) -> str:
+    """How a method is called in tables and pictures."""
+    names = {"ref": "reference", "bon": f"best of {n}", "vbon": "vBoN"}
+    return names.get(method, method)
+
+
+def print_table(rows: list[dict], held_rewards: Tensor) -> None:
+    """The rows, and what best-of-N attains in theory with the held-out rewards (P', M')."""
+    print(f"\n{'':14}{'reward':>7}{'win rate':>13}{'KL to ref':>14}{'KL to BoN':>14}"
+          f"{'positive':>9}{'samples':>8}")
+    for row in rows:
+        cells = ""
+        for name in ("win_rate", "kl_ref", "kl_bon"):
+            value = row[name]
+            error = row[name + "_se"]
+            cells += f" {value:6.3f} ±{error:.3f}".rjust(14)
+        print(f"{title(row['method'], row['n']):14}{row['reward']:7.2f}{cells[1:]}"
+              f"{row['positive']:9.2f}{row['samples_per_answer']:8}")
+    n = rows[0]["n"]
+    kl, win = vbon.bon_attains(held_rewards, n)
+    print(f"{f'theory, n = {n}':21}{win:6.3f}{kl:14.3f}{0:14.3f}")
+    print("\nKLs in nats per answer, ± standard error. vBoN has worked if its row is near that\n"
+          "of best-of-N, and its KL to BoN near 0, with one sample for an answer.")
+
+
+def show_progress(label: str, done: int, total: int, began: float, stats: dict | None = None
+                  ) -> None:
+    """One line that changes in a terminal; four lines in all in a file."""
+    spent = time.time() - began
+    live = sys.stdout.isatty()
+    quarter = done * 4 // total > (done - 1) * 4 // total
+    if not live and not quarter:
+        return
+    line = f"  {label} {done}/{total}"
+    for name, value in (stats or {}).items():
+        line += f"  {name} {value:.2f}"
+    line += f"  {spent:.0f} of {spent / done * total:.0f} s"
+    if not live:
+        print(line, flush=True)
+    elif done < total:
+        print(f"{line:79.79}", end="\r", flush=True)
+    else:
+        print(f"{line:79.79}", flush=True)
+
+
+def answers(encoding: tiktoken.Encoding, prompts: Tensor, reward_fn, models: list,
+            settings: Settings, seed: int) -> str:
+    """Each prompt (P, T), and under it an answer of each model, with its reward, unedited.
+
+    models: (title, model, draws); the best of so many draws is shown.
+    """
+    room = models[0][1].config["block_size"] - prompts.shape[1]
+    length = min(settings.length, room)
+    lines = [[decode(encoding, prompt) + " ..."] for prompt in prompts.tolist()]
+    for name, model, draws in models:
+        generator = random_numbers(prompts.device, "answers", seed)
+        response, _ = model.sample(prompts, draws, length, generator)
+        reward = reward_fn(prompts, response).cpu()
+        best = vbon.best_of_n(reward, random_numbers("cpu", "answers", seed)).tolist()
+        for i, j in enumerate(best):
+            words = decode(encoding, response[i, j].tolist())
+            lines[i].append(f"  {name:<12}{reward[i, j]:+6.2f}  ...{words}")
+    return "\n".join("\n".join(block) for block in lines) + "\n"
+
+
+def draw_picture(path: Path, rows: list[dict], draws: Samples, held: Samples, policy_reward: Tensor,
+                 history: list[dict], seed: int) -> None:
+    """Left, rewards on held-out prompts as histograms; right, the way of the policy in training."""
+    import matplotlib                                   # here, so that --help need not wait for it
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    reference, best, policy = rows
+    n = best["n"]
+    _, best_reward = choose_best(draws, n, seed)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+
+    shown = [("reference, 1 sample", "0.6", draws.reward, reference),
+             (f"best of {n}, {n} samples", "tab:blue", best_reward, best),
+             ("vBoN, 1 sample", "tab:red", policy_reward, policy)]
+    bins = torch.linspace(draws.reward.min().item(), draws.reward.max().item(), 50).tolist()
+    for label, color, reward, row in shown:
+        left.hist(reward.flatten().tolist(), bins, density=True, histtype="step", lw=2, color=color,
+                  label=label)
+        left.axvline(row["reward"], color=color, ls=":", lw=2)
+    left.set(xlabel="reward of an answer (dotted: mean)", ylabel="density",
+             title=f"One sample of vBoN does the work of {n}")
+    left.legend(frameon=False, loc="upper left")
+
+    # best-of-n for every n, from the reference samples alone
+    curve = [vbon.bon_attains(held.reward, i) for i in range(1, 3 * n + 1)]
+    right.plot([kl for kl, _ in curve], [win for _, win in curve], color="tab:blue", lw=1,
+               label="best of 1, 2, 3, ..., in theory")
+    right.plot([step["kl_ref"] for step in history], [step["win_rate"] for step in history],
+               color="tab:red", lw=1, alpha=0.5, label="vBoN, step by step")
+    right.plot(policy["kl_ref"], policy["win_rate"], "D", color="tab:red", ms=7,
+               label="vBoN, trained")
+    right.plot(*curve[n - 1], "o", color="tab:blue", ms=10, mfc="none", mew=2, label=f"best of {n}")
+    right.set(xlabel="KL to the reference, nats per answer", ylabel="win rate over the reference",
+              title="Training moves the policy along best-of-n",
+              xlim=(-0.03, 1.7 * curve[n - 1][0] + 0.1))
+    right.legend(frameon=False, loc="lower right")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    pyplot.close(figure)
+    write_whole(path, picture.getvalue())
+
+# -------------------------------------------------------- the command line: skip on a first reading
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line. A wrong one ends the program with status 2 and one line."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--n", type=int, default=4, help="The N of best-of-N. A larger N means "
+                        "more reward, further away from the reference. Above 8, training takes "
+                        "three times the steps. Default: 4.")
+    parser.add_argument("--seed", type=int, default=0, help="Another seed repeats everything with "
+                        "other random numbers. Default: 0.")
+    return parser.parse_args(argv)
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The flags that train.py and the experiments share."""
+    parser = Parser(description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, help="The number of updates in fine-tuning. With more "
+                        "of them the policy comes closer to best-of-N. Default: 90 for the "
+                        "built-in text, 600 with --data, 250 with --init.")
+    parser.add_argument("--m", type=int, help="The number of reference samples to each training "
+                        "prompt. With more of them F is known better. Default: 64, or 128 with "
+                        "--data.")
+    parser.add_argument("--data", metavar="DIR", help="A folder with your own labelled reviews: "
+                        "pos.txt and neg.txt, one review a line, or pos/*.txt and neg/*.txt, one "
+                        "review a file. Default: built-in reviews.")
+    parser.add_argument("--init", metavar="GPT2", help="Start the reference model from gpt2, "
+                        "gpt2-medium, gpt2-large or gpt2-xl, which are downloaded, or from a "
+                        "Hugging Face folder of a GPT-2. Default: a new small model.")
+    parser.add_argument("--sample", metavar="TEXT", help="Print answers to TEXT, of the reference, "
+                        "of best-of-N and of the policy. What is not trained yet is trained first.")
+    parser.add_argument("--out", metavar="DIR", default="out", help="The folder for results, "
+                        "pictures and finished stages. Default: out.")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or mps. Default: cuda where "
+                        "there is one, else cpu.")
+    parser.add_argument("--quick", action="store_true", help="Make everything tiny: a few seconds "
+                        "that show that the program runs. The numbers mean nothing.")
+    return parser
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong command line like any other unusable input."""
+
+    def error(self, message: str) -> None:
+        raise UnusableInput(message)
+
+
+class Given(NamedTuple):
+    """What --init gives."""
+    model: GPT
+    encoding: tiktoken.Encoding
+
+
+def load_given(source: str | None) -> Given | None:
+    """The model and the tokenizer of --init."""
+    if source is None:
+        return None
+    model = GPT.from_pretrained(source)
+    encoding = pretrained_encoding(source)
+    tokens = model.config["vocab_size"]
+    if tokens != encoding.n_vocab:
+        raise UnusableInput(f"--init {source}: the model has {tokens} tokens, its vocabulary "
+                            f"{encoding.n_vocab}")
+    return Given(model, encoding)
+
+
+def check_arguments(args: argparse.Namespace, n: int, settings: Settings) -> None:
+    """Each rule about numbers, with its own message."""
+    if n < 1:
+        raise UnusableInput(f"--n {n}: want at least 1")
+    if n > settings.m_eval:
+        raise UnusableInput(f"--n {n}: want at most {settings.m_eval}, the number of draws that "
+                            f"best-of-N is evaluated with")
+    if settings.steps < 1:
+        raise UnusableInput(f"--steps {settings.steps}: want at least 1")
+    if settings.m < 1:
+        raise UnusableInput(f"--m {settings.m}: want at least 1")
+    if settings.length < 1:
+        raise UnusableInput("--init: this model has no room for a prompt and a response")
+    if args.sample is not None and not args.sample.strip():
+        raise UnusableInput("--sample: want some words to answer")
+
+
+def encode_question(sample: str | None, text: Text, settings: Settings, given: Given | None
+                    ) -> Tensor | None:
+    """The prompt of --sample, three times (3, T)."""
+    if sample is None:
+        return None
+    ids = text.encoding.encode_ordinary(sample)
+    room = text.tokens.shape[1] if given is None else given.model.config["block_size"]
+    if len(ids) >= room:
+        raise UnusableInput(f"--sample: want fewer than {room} tokens, got {len(ids)}")
+    return torch.tensor(ids).repeat(3, 1)
+
+
+def describe(settings: Settings, data: list | None, given: Given | None, device: torch.device
+             ) -> dict:
+    """All that a result depends on besides method, N, β and seed: a part of its line."""
+    code = [source(file) for file in ("vbon.py", "model.py", "reward.py", "train.py")]
+    return dataclasses.asdict(settings) | {
+        "data": data and digest(data),
+        "init": given and digest(weights(given.model), given.encoding.token_byte_values()),
+        "device": device.type,
+        "processes": processes(),
+        "code": digest(code),
+    }
+
+# ------------------------------------------------------- results and files: skip on a first reading
+
+KEYS = ("method", "n", "seed", "beta", "reward", "reward_se", "win_rate", "win_rate_se", "kl_ref",
+        "kl_ref_se", "kl_bon", "kl_bon_se", "positive", "samples_per_answer", "seconds")
+MEASURED = KEYS[4:]
+
+
+def read_results(out: Path) -> list[dict]:
+    """The lines of results.jsonl. Raises UnusableInput if one of them is no result."""
+    path = out / "results.jsonl"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except OSError as error:
+        raise UnusableInput(f"--out {out}: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not set(KEYS) <= row.keys():
+            raise UnusableInput(f"{path}, line {number}: not a result; move the file away")
+        rows.append(row)
+    return rows
+
+
+def add_results(out: Path, rows: list[dict]) -> None:
+    """Append rows to results.jsonl. A row with the settings of an older one takes its place."""
+    kept = {}
+    for row in read_results(out) + rows:
+        made_by = {name: value for name, value in row.items() if name not in MEASURED}
+        kept[json.dumps(made_by, sort_keys=True)] = row
+    lines = [json.dumps(row) + "\n" for row in kept.values()]
+    write_whole(out / "results.jsonl", "".join(lines).encode("utf-8"))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole, or not at all; of several processes, the first one writes."""
+    if process() != 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+# --------------------------------------------------------- finished stages: skip on a first reading
+#
+# What takes long is kept in a file, whose name tells all that it depends on: settings, data and the
+# bytes of the code that makes it. So a stage is done again when one of them has changed, and only
+# then. A run that was killed goes on from the last stage, or from the last step of fine-tuning.
+
+def stage_path(out: Path, name: str, *depends_on: object) -> Path:
+    """The file in which a stage keeps what it made."""
+    return out / "cache" / f"{name}-{digest(torch.__version__, *depends_on)}.pt"
+
+
+def stored(path: Path, build: Callable[..., dict], *args: object) -> dict:
+    """What build(*args) returns, from the file if it was made before."""
+    content = load(path)
+    if content is None:
+        save(path, build(*args))
+        content = load(path)                            # so that old and new are the same
+    return content
+
+
+def save(path: Path, content: dict) -> None:
+    """Write tensors, numbers and lists of them behind their checksum."""
+    if process() != 0:
+        return
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    checksum = hashlib.sha256(buffer.getbuffer()).digest()
+    write_whole(path, checksum + buffer.getvalue())
+
+
+def load(path: Path) -> dict | None:
+    """What `save` wrote; None if it is not there, or damaged. The first process reads for all."""
+    content = b""
+    if process() == 0 and path.exists():
+        content = path.read_bytes()
+    content = from_first_process(content)
+    checksum, data = content[:32], content[32:]
+    if hashlib.sha256(data).digest() == checksum:
+        return torch.load(io.BytesIO(data), "cpu", weights_only=True)
+    if content:
+        print(f"  damaged, it is made again: {path}", flush=True)
+    return None
+
+
+def save_checkpoint(path: Path, step: int, trained: list, optimizer: torch.optim.Optimizer,
+                    history: list[dict], seconds: float) -> None:
+    """Keep all that the next steps of fine-tuning need."""
+    save(path, {"step": step, "trained": [p.detach() for p in trained],
+                "optimizer": optimizer.state_dict(), "history": history, "seconds": seconds})
+
+
+def resume(path: Path, trained: list, optimizer: torch.optim.Optimizer
+           ) -> tuple[int, list[dict], float]:
+    """Go on from a checkpoint, if there is one: the next step, history, and seconds so far."""
+    saved = load(path)
+    if saved is None:
+        return 0, [], 0.0
+    for p, x in zip(trained, saved["trained"], strict=True):
+        p.data.copy_(x)
+    optimizer.load_state_dict(saved["optimizer"])
+    print(f"  going on after step {saved['step']}", flush=True)
+    return saved["step"], saved["history"], saved["seconds"]
+
+
+def load_model(saved: dict, device: torch.device) -> GPT:
+    """A model from its config and weights."""
+    model = GPT(**saved["config"])
+    model.load_state_dict(saved["weights"])
+    return model.to(device)
+
+
+def weights(model: torch.nn.Module) -> list[Tensor]:
+    """All numbers of a model."""
+    return list(model.state_dict().values())
+
+
+def source(file: str) -> bytes:
+    """The bytes of one of our files."""
+    return Path(__file__).parent.joinpath(file).read_bytes()
+
+
+def digest(*parts: object) -> str:
+    """A short name for tensors, bytes, and what prints the same whenever it is the same."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            total.update(f"{part.dtype} {tuple(part.shape)}".encode("utf-8"))
+            total.update(part.detach().cpu().contiguous().numpy().tobytes())
+        elif isinstance(part, (list, tuple)):
+            total.update(digest(*part).encode("utf-8"))
+        else:
+            total.update(repr(part).encode("utf-8") + b";")
+    return total.hexdigest()[:12]
+
+
+def random_numbers(device: torch.device | str, *names: object) -> torch.Generator:
+    """A generator for one purpose: what else was drawn before does not matter."""
+    return torch.Generator(device).manual_seed(int(digest(*names), 16))
+
+# ------------------------------------------------------- several processes: skip on a first reading
+#
+# `torchrun --nproc_per_node 2 -- train.py --n 4` starts this program twice. The processes share the
+# prompts of each update and all drawing; the first one reads and writes files.
+
+def start_processes(device: str) -> torch.device:
+    """Choose the device; meet the other processes, if torchrun has started several."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and count > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        chosen = torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:     # PyTorch's answers to a wrong device
+        raise UnusableInput(f"--device {device}: {str(error).splitlines()[0]}") from None
+    if count > 1:
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend)
+    if process() != 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    return chosen
+
+
+def processes() -> int:
+    """How many there are."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1
+
+
+def process() -> int:
+    """The number of this one, from 0."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return 0
+
+
+def share(rows: Tensor) -> Tensor:
+    """This process's part of the rows; all parts are of one size."""
+    size = len(rows) // processes() * processes()
+    if size == 0:
+        raise UnusableInput(f"{processes()} processes cannot share {len(rows)} prompts")
+    return rows[process():size:processes()]
+
+
+def average_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Before each step of the optimizer, replace gradients by their mean over all processes."""
+    def average(*_: object) -> None:
+        for p in optimizer.param_groups[0]["params"]:
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= processes()
+    if processes() > 1:
+        optimizer.register_step_pre_hook(average)
+
+
+def from_first_process(content: bytes) -> bytes:
+    """What the first process holds."""
+    box = [content]
+    if processes() > 1:
+        torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def from_all_processes(mine: dict) -> dict:
+    """The entries of all processes together."""
+    boxes = [mine]
+    if processes() > 1:
+        boxes = [{} for _ in range(processes())]
+        torch.distributed.all_gather_object(boxes, mine)
+    together = {}
+    for box in boxes:
+        together |= box
+    return together
+
+
+def silent(*_: object) -> None:
+    """Print nothing."""
+
+
+def run(program: Callable[[], None], name: str) -> None:
+    """Run a program, and end it as the shell expects: 2 for unusable input, 130 for Ctrl-C.
+
+    Any other exception is a bug in these files, and keeps its traceback.
+    """
+    try:
+        program()
+    except UnusableInput as error:
+        message = str(error).splitlines()[0]
+        print(f"{name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nstopped; finished stages are kept", file=sys.stderr)
-        sys.exit(130)
+    run(main, "train.py")

@@ -1,321 +1,269 @@
 """vbon.py: Variational Best-of-N Alignment (Amini, Vieira, Ash, Cotterell; arXiv 2407.06057).
 
 Best-of-N draws N responses from a reference model π_ref and keeps the one with the highest reward.
-What it returns has a distribution, π_bon, and that distribution has a formula. vBoN fine-tunes a
-policy π_θ towards it by minimising KL(π_θ || π_bon); one sample then does the work of N.
+What it returns has a distribution, π_bon, and this distribution has a formula. vBoN fine-tunes a
+policy π_θ towards it, by minimising KL(π_θ || π_bon). After that, one sample does the work of N.
 
-    F(r) = P(r(y') < r),  y' ~ π_ref                         the CDF of the reward               (1)
-    π_bon(y) = Σ_{i=1..N} C(N,i) F^(N-i) π_ref(y)^i          = (F + π_ref(y))^N - F^N            (2)
-    log π_bon(y) >= log N + (N-1) log F + log π_ref(y)       its lower bound, the i = 1 term     (3)
-    π_bon(y) = π_ref(y) Σ_{k=0..N-1} F≤^(N-1-k) F<^k         the general form, with ties         (4)
-    J(θ) = E_θ[log π_bon(y) - log π_θ(y)]                    the objective, -KL(π_θ || π_bon)    (5)
-    ∇J = E_θ[(log π_bon(y) - log π_θ(y) - b) ∇log π_θ(y)]    REINFORCE, with a baseline b        (6)
+`python vbon.py` shows all of it on six responses, in one screen, without a network.
 
     symbol       name          shape       meaning
-    x            prompt        (P, T0)     P prompts of T0 token ids
-    y            response      (P, K, L)   K responses to each; ends at its first end-of-text token
-    π_ref(y|x)   ref_logprob   (P, K)      log-probability of the whole response, nats
-    π_θ(y|x)     logprob       (P, K)      the same under the policy
-    r(y)         reward        (P, K)      any number; only its ranking matters
+    x            prompt        (P, T)      P prompts of T token ids
+    y            response      (P, K, L)   K responses to each, of at most L tokens
+    π_ref(y)     ref_logprob   (P, K)      log-probability of a whole response, in nats
+    π_θ(y)       logprob       (P, K)      the same under the policy
+    r(y)         reward        (P, K)      any number; only how it ranks responses matters
     r_1..r_M     ref_rewards   (P, M)      rewards of M reference responses to the same prompt
-    F            cdf, log_cdf  (P, K)      a probability, and its logarithm
+    F            cdf           (P, K)      the probability that a reference response scores lower
     N            n             int >= 1    the N of best-of-N
 
-Probabilities are logarithms, in float64 on the CPU, where a (P, K) array costs nothing.
+    (1)  F(r) = P(r(y') < r)  for y' ~ π_ref                                   the CDF of the reward
+    (2)  π_bon(y) = (F + π_ref(y))^N - F^N                                     the exact form
+                  = Σ_{i=1..N} C(N,i) · F^(N-i) · π_ref(y)^i                   the same, as a sum
+    (3)  log π_bon(y) >= log N + (N-1) · log F + log π_ref(y)                  its term i = 1 alone
+    (4)  π_bon(y) = π_ref(y) · Σ_{k=0..N-1} F_le^(N-1-k) · F_lt^k              also when rewards tie
+         where F_lt = P(r' < r) and F_le = P(r' <= r)
+    (5)  J(θ) = E_θ[log π_bon(y) - log π_θ(y)] = -KL(π_θ || π_bon)             the objective
+    (6)  ∇J = E_θ[(log π_bon(y) - log π_θ(y) - b) · ∇ log π_θ(y)]              its gradient
+    (7)  F_lt = (#less + 1) / (M + 1),  F_le = F_lt + (share of ties)          the estimate from M
+
+E_θ is the mean over responses y that the policy itself samples; b is a number, the baseline.
+
+Of a model, this file needs two methods and nothing else:
+    sample(prompt, k, length, generator) -> response (P, K, L), logprob (P, K)
+    logprob(prompt, response)            -> logprob (P, K), with gradients
+Of a reward, it needs a function: reward_fn(prompt, response) -> reward (P, K).
+All arithmetic on (P, K) tensors runs in float64 on the CPU, where it costs nothing.
 """
+import itertools
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization
+from torch import Tensor
 
-Reward = Callable[[Tensor, Tensor], Tensor]    # prompt (P, T0), response (P, K, L) -> reward (P, K)
-FORWARD = {"bon-sft": 1.0, "bond": 0.5}        # the share of KL(target || π_θ) in an objective
-LOGITS = 2 ** 26                               # most logits at once: bounds memory, changes nothing
-
-# ------------------------------------------------------------------------------ 1. the reward's CDF
+# ------------------------------------------------------------------------- 1. the CDF of the reward
 
 def empirical_cdf(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P, M) -> (P, K)
-    """F̂ of equation (1): (rank + 1) / (M + 1), where rank = #{r_j < r}, strictly: the best must
-    beat the others. The +1 keeps log F̂ finite even for a reward below all M; up to it,
-    P(sup|F̂ - F| > ε) <= 2 exp(-2 M ε²), the Dvoretzky-Kiefer-Wolfowitz bound.
-    Raises ValueError for wrong shapes and for rewards that are empty or not finite."""
-    less, _, m = _ranks(reward, ref_rewards)
-    return (less + 1) / (m + 1)
+    """Estimate F of equation (1) as (rank + 1) / (M + 1), where rank = #{r_j < r}.
+
+    Reward 2.5 against 1, 2, 2, 3 has rank 3, so F = 4/5; reward 2 has rank 1, so F = 2/5.
+    The + 1 keeps log F finite for a response that scores below all M. With 95 % probability no
+    estimate is off by more than 1.36/√M (DKW inequality), apart from the + 1.
+    Raises ValueError for wrong shapes and for rewards that are empty or not finite.
+    """
+    less, _ = _count_less_and_equal(reward, ref_rewards)
+    return (less + 1) / (ref_rewards.shape[1] + 1)
 
 
 def cdf_interval(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """F< and F≤ of equation (4), each (P, K): y counted as one more atom among M + 1.
-    Under π_ref the weight of (4) made from them has mean exactly 1, at any M and with any ties."""
-    less, equal, m = _ranks(reward, ref_rewards)
-    return less / (m + 1), (less + equal + 1) / (m + 1)
+    """Another estimate of F_lt and F_le, each (P, K): y counts as one more among M + 1 responses.
+
+    Reward 2 against 1, 2, 2, 3 gives 1/5 and 4/5. With it, the weight of equation (4), the sum over
+    k, has a mean of exactly 1 under π_ref. Training does not use it; see `bon_target`.
+    """
+    less, equal = _count_less_and_equal(reward, ref_rewards)
+    total = ref_rewards.shape[1] + 1
+    return less / total, (less + equal + 1) / total
 
 
-def _ranks(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor, int]:
-    """#{r_j < r} and #{r_j = r}, each (P, K), and M."""
+def win_rate(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P, M) -> (P, K)
+    """The share of the M reference responses that y beats; a tie counts half.
+
+    Reward 2 against 1, 2, 2, 3 beats one and ties with two: (1 + 2/2) / 4 = 0.5.
+    """
+    less, equal = _count_less_and_equal(reward, ref_rewards)
+    return (less + equal / 2) / ref_rewards.shape[1]
+
+
+def _count_less_and_equal(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """#{r_j < r} and #{r_j = r}, each (P, K): the one place where rewards are compared."""
     _check_rewards(reward, ref_rewards)
-    ordered = _f64(ref_rewards).sort(-1).values
-    r = _f64(reward).contiguous()
-    less, at_most = (torch.searchsorted(ordered, r, right=right) for right in (False, True))
-    return less.double(), (at_most - less).double(), ordered.shape[1]
+    ordered = _float64(ref_rewards).sort(-1).values
+    reward = _float64(reward).contiguous()
+    less = torch.searchsorted(ordered, reward, right=False)
+    less_or_equal = torch.searchsorted(ordered, reward, right=True)
+    return less.double(), (less_or_equal - less).double()
 
-# -------------------------------------------------------------------- 2. the best-of-N distribution
+# ----------------------------------------------------------------- 2. the distribution of best-of-N
 
 def bon_logprob(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:  # (...), (...) -> (...)
-    """log π_bon(y), equation (2): the paper's exact form, for rewards without ties.
-    The naive line, `((F + p)**n - F**n).log()`, is -inf from log p = -20 in float32 (-40 in
-    float64); the sum over i subtracts nothing. log_cdf may be -inf, where F = 0.
-    Raises ValueError for unequal shapes, nan, and n that is no int >= 1."""
-    ref_logprob, log_cdf = _log_inputs(n, ref_logprob, log_cdf)
-    i = torch.arange(1, n + 1).double().view(-1, *[1] * log_cdf.dim())                   # (N, ...)
+    """log π_bon(y) by equation (2): the paper's exact form, for rewards that do not tie.
+
+    π_ref(y) = 0.1 and F = 0.75 with n = 2 give 0.85² - 0.75² = 0.16. log_cdf may be -inf (F = 0).
+    Raises ValueError for unequal shapes, for nan, and for an n that is no integer >= 1.
+    """
+    # The naive line is ((F + p)**n - F**n).log(). With p = e^-40 it is -inf: F + p rounds to F.
+    # The sum over i subtracts nothing.
+    ref_logprob, log_cdf = _check_logs(n, ref_logprob, log_cdf)
+    i = _numbers(1, n, log_cdf)                                            # (N, 1, .., 1)
     log_choose = math.lgamma(n + 1) - torch.lgamma(i + 1) - torch.lgamma(n - i + 1)
-    return (log_choose + _times(n - i, log_cdf) + i * ref_logprob).logsumexp(0)
+    log_term = log_choose + _log_power(log_cdf, n - i) + i * ref_logprob   # (N, ...)
+    return log_term.logsumexp(0)
 
 
 def bon_logprob_bound(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:
-    """Equation (3), shapes as `bon_logprob`. The gap closes as π_ref(y)/F goes to 0, as in text."""
-    ref_logprob, log_cdf = _log_inputs(n, ref_logprob, log_cdf)
-    return math.log(n) + _times(torch.tensor(n - 1), log_cdf) + ref_logprob
+    """The lower bound (3) of log π_bon(y), same shapes as `bon_logprob`.
+
+    On text the two agree to rounding: a whole sentence is improbable, so the terms i >= 2 vanish.
+    """
+    ref_logprob, log_cdf = _check_logs(n, ref_logprob, log_cdf)
+    power = torch.tensor(n - 1.0).double()
+    return math.log(n) + _log_power(log_cdf, power) + ref_logprob
 
 
 def bon_logprob_ties(ref_logprob: Tensor, log_lt: Tensor, log_le: Tensor, n: int) -> Tensor:
-    """Equation (4), right for any ties: log_lt = log P(r' < r), log_le = log P(r' <= r).
-    F≤ = F< + π_ref(y) gives (2); F≤ = F< gives (3); `cdf_interval` gives the empirical form."""
-    ref_logprob, log_lt, log_le = _log_inputs(n, ref_logprob, log_lt, log_le)
-    k = torch.arange(n).double().view(-1, *[1] * log_lt.dim())                           # (N, ...)
-    return ref_logprob + (_times(n - 1 - k, log_le) + _times(k, log_lt)).logsumexp(0)
+    """log π_bon(y) by equation (4), right for any ties, from log F_lt and log F_le.
+
+    F_le = F_lt + π_ref(y) gives equation (2). F_le = F_lt gives equation (3).
+    """
+    ref_logprob, log_lt, log_le = _check_logs(n, ref_logprob, log_lt, log_le)
+    k = _numbers(0, n - 1, log_lt)                                         # (N, 1, .., 1)
+    log_term = _log_power(log_le, n - 1 - k) + _log_power(log_lt, k)       # (N, ...)
+    return ref_logprob + log_term.logsumexp(0)
 
 
-def best_of_n(reward: Tensor, generator: torch.Generator | None = None,
-              beta: float | None = None) -> Tensor:  # (P, N) -> (P,)
-    """Index of the highest of N rewards; ties are broken at random. ValueError if not finite.
-    With beta, soft best-of-N (arXiv 2505.03156): one of the N with probability ∝ exp(r/β)."""
+def bon_target(ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int) -> Tensor:
+    """log π_bon(y) (P, K) from samples: (4) with the estimate (7). *The* target of this project.
+
+    ref_logprob (P, K), reward (P, K), ref_rewards (P, M). Where no reference response has y's
+    reward, this is equation (2) with `empirical_cdf`. It is right for any ties and any reward.
+    """
+    _check_shapes(ref_logprob, reward)
+    ref_logprob = _float64(ref_logprob)
+    less, equal = _count_less_and_equal(reward, ref_rewards)
+    total = ref_rewards.shape[1] + 1
+    cdf_lt = (less + 1) / total
+    # How much probability has exactly y's reward? The share of the reference responses that have
+    # it. If none has it, y is the only response known to: its own probability.
+    tied = torch.where(equal > 0, equal / total, ref_logprob.exp())
+    cdf_le = cdf_lt + tied
+    return bon_logprob_ties(ref_logprob, cdf_lt.log(), cdf_le.log(), n)
+
+
+def best_of_n(reward: Tensor, generator: torch.Generator | None = None) -> Tensor:  # (P, N) -> (P,)
+    """Best-of-N itself: the index of the highest of N rewards; ties are broken at random."""
     _check_rewards(reward)
-    best = (reward == reward.max(-1, keepdim=True).values).double()
-    chance = (_f64(reward) / beta).softmax(-1) if beta else best
-    return torch.multinomial(chance, 1, generator=generator)[:, 0]
-
-
-def soft_bon_logprob(ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int,
-                     beta: float) -> Tensor:  # (P, K), (P, K), (P, M) -> (P, K)
-    """log(π_ref(y) · N · P(y is drawn)), the mean over rivals: reference rewards, N-1 at a time."""
-    groups = _f64(ref_rewards)[:, :ref_rewards.shape[1] // (n - 1) * (n - 1)] / beta
-    rivals = groups.view(len(reward), 1, -1, n - 1).logsumexp(-1)                     # (P, 1, B)
-    drawn = F.logsigmoid(_f64(reward)[..., None] / beta - rivals)                      # (P, K, B)
-    return _f64(ref_logprob) + math.log(n / rivals.shape[-1]) + drawn.logsumexp(-1)
-
-
-def bon_expected_reward(ref_rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P,)
-    """Unbiased E[max of N rewards] from the same M samples: Σ_j r_(j) C(j-1, N-1) / C(M, N)."""
-    _check_n(n)
-    _check_rewards(ref_rewards)
-    if n > ref_rewards.shape[1]:
-        raise ValueError(f"want ref_rewards (P, M), M >= n = {n}, got {tuple(ref_rewards.shape)}")
-    ordered = _f64(ref_rewards).sort(-1).values
-    j = torch.arange(n, ordered.shape[1] + 1).double()
-    log_weight = torch.lgamma(j) - torch.lgamma(j - n + 1)            # + what is the same for all
-    return (ordered[:, n - 1:] * log_weight.softmax(0)).sum(-1)
+    reward = _float64(reward)
+    is_best = reward == reward.max(-1, keepdim=True).values
+    return torch.multinomial(is_best.double(), 1, generator=generator)[:, 0]
 
 
 def bon_theory(n: int) -> tuple[float, float]:
-    """KL(π_bon || π_ref) = log N - (N-1)/N nats and win rate N/(N+1), for a continuous reward."""
+    """KL(π_bon || π_ref) in nats and win rate of best-of-N, if the reward is continuous.
+
+    n = 4 gives log 4 - 3/4 = 0.636 and 4/5.
+    """
     _check_n(n)
     return math.log(n) - (n - 1) / n, n / (n + 1)
+
+
+def bon_attains(ref_rewards: Tensor, n: int) -> tuple[float, float]:  # (P, M) -> kl, win_rate
+    """What best-of-N attains with this reward, ties included: KL to π_ref in nats, and win rate.
+
+    The M rewards of a prompt are taken for all that the reference can earn: best-of-N returns a
+    reward with probability F_le^N - F_lt^N. The means over P prompts; without ties, `bon_theory`.
+    """
+    _check_n(n)
+    less, equal = _count_less_and_equal(ref_rewards, ref_rewards)
+    m = ref_rewards.shape[1]
+    cdf_lt = less / m
+    cdf_le = (less + equal) / m
+    # how many times as probable best-of-n makes each of the M responses
+    ratio = (cdf_le ** n - cdf_lt ** n) / (equal / m)
+    kl = torch.xlogy(ratio, ratio).mean()
+    win = (ratio * (cdf_lt + cdf_le) / 2).mean()
+    return kl.item(), win.item()
 
 # ---------------------------------------------------------------- 3. the objective and its gradient
 
 def leave_one_out(score: Tensor) -> Tensor:  # (P, K) -> (P, K)
-    """The mean of the other K-1 scores of the same prompt: an unbiased baseline b for (6)."""
+    """The baseline b of (6): for each response, the mean score of the other K - 1.
+
+    Scores 1, 2, 6 have the baselines 4, 3.5, 1.5. A response's own score must stay out: then b does
+    not depend on it, and E_θ[b ∇ log π_θ] = 0. Raises ValueError for K < 2.
+    """
     if score.dim() != 2 or score.shape[1] < 2:
         raise ValueError(f"want score (P, K) with K >= 2, got {tuple(score.shape)}")
-    return (score.sum(-1, keepdim=True) - score) / (score.shape[1] - 1)
+    total = score.sum(-1, keepdim=True)
+    return (total - score) / (score.shape[1] - 1)
 
 
 def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (P, K) -> ()
-    """A surrogate whose *gradient* is that of KL(π_θ || target), y ~ π_θ: (6); its value means
-    nothing. The score stays in one bracket, as its own control variate: when π_θ nears the target
-    it tends to a constant, and the noise to zero. ValueError for K < 2, or what is not finite."""
-    if logprob.shape != log_target.shape:
-        raise ValueError(f"want (P, K) twice, got {[*logprob.shape]}, {[*log_target.shape]}")
-    logprob = _f64(logprob)
-    score = (_f64(log_target) - logprob).detach()               # log π_bon(y) - log π_θ(y)   (P, K)
-    advantage = score - leave_one_out(score)                                               # (P, K)
+    """A surrogate for -J: its *gradient* is minus (6), if y was sampled from π_θ.
+
+    Its value means nothing and need not fall; watch the KL to π_bon instead. Raises ValueError for
+    K < 2, unequal shapes and log-probabilities that are not finite.
+    """
+    _check_shapes(logprob, log_target)
+    logprob = _float64(logprob)
+    # The score is a number for each response: no gradient flows through it. When π_θ reaches the
+    # target it is the same for every response, and the noise of the gradient is zero.
+    score = (_float64(log_target) - logprob).detach()
     if not score.isfinite().all():
-        raise ValueError("a sampled response has a log-probability that is not finite")
+        raise ValueError("want finite log-probabilities, got nan or inf")
+    advantage = score - leave_one_out(score)
     return -(advantage * logprob).mean()
 
+# --------------------------------------------------------------------------------- 4. the algorithm
 
-class Target(NamedTuple):
-    """The distribution that a method moves the policy to, and for kl-rl and soft-bon their β."""
-    method: str
-    n: int
-    beta: float | None = None
+def grow(n: int, step: int, steps: int) -> int:
+    """The N to aim for at this step: it grows from 1 to n over the first 40 % of the steps.
 
-
-def log_target(target: Target, ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor) -> Tensor:
-    """The log-density (P, K) of a target; that of kl-rl up to a constant."""
-    method, n, beta = target
-    log_cdf = empirical_cdf(reward, ref_rewards).log()
-    if method == "ref" or method == "soft-bon" and n == 1:
-        return _f64(ref_logprob)
-    if method in ("bon", "vbon", "bon-sft", "bond"):
-        return bon_logprob(ref_logprob, log_cdf, n)                                   # equation (2)
-    if method == "bound":
-        return bon_logprob_bound(ref_logprob, log_cdf, n)                             # equation (3)
-    if method == "kl-rl":                               # maximises E[r] - β KL(π_θ || π_ref)
-        return _f64(ref_logprob) + _f64(reward) / beta
-    if method == "soft-bon":
-        return soft_bon_logprob(ref_logprob, reward, ref_rewards, n, beta)
-    raise ValueError(f"unknown method {method!r}")
-
-
-def grow(target: Target, step: int, steps: int) -> Target:
-    """The target at `step`: N grows from 1 over the first 40 % of the steps, 1/β from 0. At once, a
-    large N would score the many poor responses of an untrained policy by a huge (N-1) log F."""
+    An untrained policy has many poor responses. A large N at once would score them by a huge
+    (N-1) · log F, and a few of them would decide the gradient.
+    """
     share = min(1.0, (step + 1) / (0.4 * steps))
-    return target._replace(n=round(target.n ** share), beta=target.beta and target.beta / share)
-
-# ------------------------------------------------------------------------------------ 4. one update
-
-def response_mask(response: Tensor, eot: int) -> Tensor:  # (..., L) -> (..., L)
-    """True up to and including the first end-of-text token: the one mask of this project."""
-    return (ended := response == eot).cumsum(-1) - ended.long() == 0
+    return round(n ** share)
 
 
-def sample(model, prompt: Tensor, k: int, length: int, generator: torch.Generator,
-           rows: int = 1024) -> tuple[Tensor, Tensor]:
-    """K responses (P, K, L) to each prompt (P, T0), and their log-probabilities (P, K), nats."""
-    parts = [model.generate(part, length, generator)
-             for part in prompt.repeat_interleave(k, 0).split(rows)]
-    response, logprob = (torch.cat(part) for part in zip(*parts))
-    return response.view(len(prompt), k, length), logprob.view(len(prompt), k)
+def update(policy, reference, optimizer: torch.optim.Optimizer, reward_fn, prompt: Tensor,
+           ref_rewards: Tensor, n: int, k: int, length: int, generator: torch.Generator,
+           part: int | None = None) -> dict[str, float]:
+    """One step of vBoN: k responses of the policy to each prompt (P, T), ref_rewards (P, M).
 
-
-def response_logprob(model, prompt: Tensor, response: Tensor) -> Tensor:
-    """log π(y|x) (P, K), nats: summed over the response's tokens, end-of-text included."""
-    return torch.cat([
-        _token_sum(-F.cross_entropy(model(x, where=where), y[where], reduction="none"), where)
-        for x, y, where in _rows(prompt, response, model.eot)]).view(response.shape[:2])
-
-
-def response_kl(policy, reference, prompt: Tensor, response: Tensor) -> Tensor:
-    """Σ_t KL(π_θ(·|x, y_<t) || π_ref(·|x, y_<t)) (P, K), nats: for y ~ π_θ an unbiased, quieter
-    estimate of KL(π_θ || π_ref). To report, not to differentiate: y was sampled by θ too."""
-    sums = []
-    for tokens, _, where in _rows(prompt, response, policy.eot):
-        log_p, log_q = (model(tokens, where=where).log_softmax(-1) for model in (policy, reference))
-        sums.append(_token_sum((log_p.exp() * (log_p - log_q)).sum(-1), where))
-    return torch.cat(sums).view(response.shape[:2])
-
-
-def _rows(prompt: Tensor, response: Tensor, eot: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Prompts joined to responses, some rows at a time: tokens (R, T), the tokens after them, and
-    where those are the response's, end-of-text included."""
-    (P, K, _), before = response.shape, prompt.shape[1] - 1
-    tokens = torch.cat([prompt[:, None].expand(P, K, -1), response], -1).flatten(0, 1)   # (P·K, T)
-    mask = F.pad(response_mask(response, eot).flatten(0, 1), (before, 0))              # (P·K, T-1)
-    rows = max(1, LOGITS // (tokens.shape[1] * (eot + 1)))
-    for tokens, where in zip(tokens.split(rows), mask.split(rows)):
-        T = int(where.any(0).nonzero().max()) + 1                           # no need to run further
-        yield tokens[:, :T], tokens[:, 1:T + 1], where[:, :T]
-
-
-def _token_sum(per_token: Tensor, where: Tensor) -> Tensor:
-    """(tokens in the mask,) -> (R,): the only sum over tokens in this project."""
-    per_row = torch.zeros(where.shape, dtype=torch.float64)
-    return per_row.masked_scatter(where.cpu(), _f64(per_token)).sum(-1)
-
-
-def winners(ref_rewards: Tensor, n: int, k: int, generator: torch.Generator) -> Tensor:
-    """(P, M) -> (P, k): k draws of best-of-n among M responses, by (4) with atoms of 1/M."""
-    less, equal, m = _ranks(ref_rewards, ref_rewards)
-    weight = (((less + equal) / m) ** n - (less / m) ** n) / equal                         # (P, M)
-    return torch.multinomial(weight.float().to(generator.device), k, True, generator=generator)
-
-
-class LowRank(nn.Module):
-    """W + B A with A (rank, columns) and B (rows, rank) to be trained; B is 0 at first."""
-    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator):
-        super().__init__()
-        a = torch.randn(rank, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
-        self.a, self.b = (nn.Parameter(x.to(weight)) for x in (a, torch.zeros(len(weight), rank)))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """W -> W + B A, of the same shape."""
-        return weight + self.b @ self.a
-
-
-def low_rank(model: nn.Module, rank: int, generator: torch.Generator) -> list[nn.Parameter]:
-    """Make all linear maps trainable in a few directions only, and return what to train: LoRA
-    (arXiv 2106.09685). The noise of REINFORCE costs KL in every direction there is."""
-    model.requires_grad_(False)
-    for module in [m for m in model.modules() if isinstance(m, nn.Linear)]:
-        register_parametrization(module, "weight", LowRank(module.weight, rank, generator))
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def update(policy, reference, optimizer: torch.optim.Optimizer, reward_fn: Reward, target: Target,
-           prompt: Tensor, ref_response: Tensor, ref_rewards: Tensor, k: int,
-           generator: torch.Generator) -> dict[str, float]:
-    """One step of any method, k responses to each prompt (P, T0): REINFORCE on its own and, with a
-    forward share, maximum likelihood on winners among ref_response (P, M, L); what to watch."""
-    forward, L, seen = FORWARD.get(target.method, 0.0), ref_response.shape[-1], {}
-    won = round(forward * k)
-    size = max(1, LOGITS // (k * (prompt.shape[1] + L) * (policy.eot + 1)))     # prompts at a time:
-    optimizer.zero_grad()                                  # exact, since each has its own baseline
-    for x, cached, refs in zip(*(y.split(size) for y in (prompt, ref_response, ref_rewards))):
-        loss, watch = 0.0, {}
-        if won < k:
-            response, logprob = sample(policy, x, k - won, L, generator)        # y ~ π_θ  (P, K, L)
-            with torch.no_grad():
-                reward = reward_fn(x, response)                                             # (P, K)
-                ref_logprob = response_logprob(reference, x, response)                      # (P, K)
-                goal = log_target(target, ref_logprob, reward, refs)                        # (P, K)
-            loss = (1 - forward) * reverse_kl_loss(response_logprob(policy, x, response), goal)
-            watch = dict(win_rate=win_rate(reward, refs), kl_ref=_f64(logprob) - ref_logprob,
-                         kl_target=_f64(logprob) - goal)
-        if won:
-            best = winners(refs, target.n, won, generator).to(x.device)                 # (P, won)
-            best = cached.gather(1, best[..., None].expand(-1, -1, L))               # (P, won, L)
-            watch["nll"] = -response_logprob(policy, x, best)
-            loss = loss + forward * watch["nll"].mean()
+    Returns what to watch, as means over the responses: win_rate, kl_ref and kl_target, the KL to
+    best of *this* n. `part` prompts are worked on at a time, to bound memory: it changes nothing,
+    since the gradients of the parts add up to that of the whole.
+    """
+    watched = []
+    size = part or len(prompt)
+    optimizer.zero_grad()
+    for x, refs in zip(prompt.split(size), ref_rewards.split(size)):
+        with torch.no_grad():
+            # (a) sample from the policy, y ~ π_θ
+            response, _ = policy.sample(x, k, length, generator)        # (P, K, L)
+            # (b) ask the reward and the reference what they think of y
+            reward = reward_fn(x, response)                             # (P, K)
+            ref_logprob = _float64(reference.logprob(x, response))      # (P, K)
+            # (c) how probable would best-of-n make y?
+            log_target = bon_target(ref_logprob, reward, refs, n)       # (P, K)
+        # (d) score y under the policy, now with gradients: sampling kept none
+        logprob = _float64(policy.logprob(x, response))                 # (P, K)
+        # (e) REINFORCE
         share = len(x) / len(prompt)
-        (share * loss).backward()
-        seen = {name: seen.get(name, 0.0) + share * v.mean().item() for name, v in watch.items()}
+        loss = share * reverse_kl_loss(logprob, log_target)
+        loss.backward()
+
+        now = logprob.detach()
+        wins = win_rate(reward, refs)
+        watched.append(torch.stack([wins, now - ref_logprob, now - log_target]))
     optimizer.step()
-    return seen
+    wins, kl_ref, kl_target = torch.cat(watched, 1).mean((1, 2)).tolist()
+    return {"win_rate": wins, "kl_ref": kl_ref, "kl_target": kl_target}
 
-# ------------------------------------------------------------------------------------ 5. evaluation
+# ------------------------------------------------------------------ 5. what the functions above use
 
-def win_rate(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P, M) -> (P, K)
-    """The share of M reference responses that y beats; ties count half."""
-    less, equal, m = _ranks(reward, ref_rewards)
-    return (less + equal / 2) / m
-
-
-def metrics(n: int, logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor,
-            kl_ref: Tensor | None = None) -> dict[str, float]:
-    """Means over K responses to each prompt (P, K) and, as those hang together, standard errors
-    over prompts. `logprob` is under what drew them; `kl_ref`: a quieter estimate, if there is."""
-    log_bon = log_target(Target("bon", n), ref_logprob, reward, ref_rewards)
-    row = dict(positive=(reward > 0).double().mean().item())
-    for name, x in dict(reward=_f64(reward), win_rate=win_rate(reward, ref_rewards),
-                        kl_ref=_f64(logprob) - _f64(ref_logprob) if kl_ref is None else kl_ref,
-                        kl_bon=_f64(logprob) - log_bon).items():
-        x = x.mean(1)
-        row[name], row[name + "_se"] = x.mean().item(), (x.std() / math.sqrt(len(x))).item()
-    return row
+def _float64(x: Tensor) -> Tensor:
+    return x.cpu().double()                # in this order: not every device knows float64
 
 
-def _f64(x: Tensor) -> Tensor:
-    return x.cpu().double()                      # x as float64 on the CPU
+def _numbers(first: int, last: int, x: Tensor) -> Tensor:
+    """first, ..., last along a new axis in front of those of x."""
+    numbers = torch.arange(first, last + 1).double()
+    return numbers.view(-1, *[1] * x.dim())
 
 
-def _times(k: Tensor, log_x: Tensor) -> Tensor:
-    """k · log x with 0 · log 0 = 0, as x^0 = 1 demands; 0 · (-inf) alone would be nan."""
+def _log_power(log_x: Tensor, k: Tensor) -> Tensor:
+    """log(x^k) = k · log x, and 0 for k = 0 even where x = 0: there 0 · (-inf) would be nan."""
     return torch.where(k == 0, 0.0, k * log_x)
 
 
@@ -324,17 +272,73 @@ def _check_n(n: int) -> None:
         raise ValueError(f"want an integer n >= 1, got {n!r}")
 
 
+def _check_shapes(*given: Tensor) -> None:
+    shapes = [tuple(x.shape) for x in given]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"want tensors of one shape, got {shapes}")
+
+
 def _check_rewards(*rewards: Tensor) -> None:
     shapes = [tuple(r.shape) for r in rewards]
-    if any(len(shape) != 2 or 0 in shape for shape in shapes) or len({s[0] for s in shapes}) > 1:
-        raise ValueError(f"want rewards (P, K) or (P, K) and (P, M), none empty, got {shapes}")
-    if not all(r.isfinite().all() for r in rewards):
-        raise ValueError("rewards must be finite, got nan or inf")
+    for r, shape in zip(rewards, shapes):
+        if len(shape) != 2 or 0 in shape or shape[0] != shapes[0][0]:
+            raise ValueError(f"want rewards (P, K) or (P, K) and (P, M), none empty, got {shapes}")
+        if not r.isfinite().all():
+            raise ValueError("want finite rewards, got nan or inf")
 
 
-def _log_inputs(n: int, *logs: Tensor) -> list[Tensor]:
-    """Log-probabilities in float64, once n, their shapes and the absence of nan are checked."""
+def _check_logs(n: int, *logs: Tensor) -> list[Tensor]:
+    """The same logarithms in float64, once they are known to be usable."""
     _check_n(n)
-    if len({x.shape for x in logs}) > 1 or any(x.isnan().any() for x in logs):
-        raise ValueError(f"want logs of one shape, no nan, got {[tuple(x.shape) for x in logs]}")
-    return [_f64(x) for x in logs]
+    _check_shapes(*logs)
+    for x in logs:
+        if x.isnan().any():
+            raise ValueError("want logarithms, got nan")
+    return [_float64(x) for x in logs]
+
+# -------------------------------------------------------------------------------- 6. python vbon.py
+
+def toy(n: int = 4, steps: int = 400) -> None:
+    """The whole paper on six responses with known probabilities: no network, no estimate of F."""
+    prob = torch.tensor([0.20, 0.30, 0.20, 0.05, 0.10, 0.15]).double()
+    reward = torch.tensor([-4.0, -1.0, 0.5, 1.0, 2.0, 3.0]).double()
+    # equation (1): the probability of all responses that score lower
+    lower = reward[None, :] < reward[:, None]                              # (6, 6)
+    cdf = (lower * prob).sum(1)
+
+    # Best-of-n by its definition: go through all 6^n ways to draw n responses.
+    brute = torch.zeros(6).double()
+    for draws in itertools.product(range(6), repeat=n):
+        best = max(draws, key=reward.tolist().__getitem__)
+        brute[best] += prob[list(draws)].prod()
+    log_bon = bon_logprob(prob.log(), cdf.log(), n)
+    log_bound = bon_logprob_bound(prob.log(), cdf.log(), n)
+
+    # A policy of six numbers that starts as the reference; 64 samples of its own at each step.
+    logits = prob.log().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    generator = torch.Generator().manual_seed(0)
+    kl_to_bon = []
+    for step in range(steps):
+        logprob = logits.log_softmax(0)
+        kl_to_bon.append((logprob.exp() * (logprob - log_bon)).sum().item())
+        y = torch.multinomial(logprob.exp().detach(), 64, True, generator=generator)
+        loss = reverse_kl_loss(logprob[y][None], log_bon[y][None])         # P = 1 prompt, K = 64
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    print(f"Six responses, n = {n}. Probability of each under ...\n")
+    print(" reward  reference  F (1)   best-of-n  exact (2)  bound (3)  policy after training")
+    policy = logits.softmax(0)
+    columns = [reward, prob, cdf, brute, log_bon.exp(), log_bound.exp(), policy]
+    for row in torch.stack(columns, 1).tolist():
+        print("{:7.1f}{:11.3f}{:7.2f}{:12.4f}{:11.4f}{:11.4f}{:11.4f}".format(*row))
+    print("\nbest-of-n: all ways to draw n responses, counted one by one.")
+    print("policy: trained with reverse_kl_loss on its own samples. Its KL to best-of-n, in nats:")
+    for step in (0, 25, 50, 100, 200, steps - 1):
+        print(f"  step {step:3}  {kl_to_bon[step]:.4f}")
+
+
+if __name__ == "__main__":
+    toy()
