@@ -250,8 +250,8 @@ def sum_over_tokens(values: Tensor, counts: Tensor) -> Tensor:  # (R,), (B, L) -
 def draw(prob: Tensor, generator: torch.Generator | None) -> Tensor:  # (B, V) -> (B,)
     """One id from each row of probabilities.
 
-    It is the first whose cumulative probability exceeds a uniform random number. torch.multinomial does
-    the same, but takes 20 times as long on a CPU.
+    It is the first whose cumulative probability exceeds a uniform random number.
+    torch.multinomial does the same, but takes 20 times as long on a CPU.
     """
     cdf = prob.cumsum(-1)
     uniform = torch.rand(len(prob), 1, device=prob.device, generator=generator)
@@ -362,7 +362,7 @@ def load_pretrained(source: str | Path) -> GPT:
         short = name.removeprefix("transformer.")
         if short.endswith(MASKS):
             continue
-        if not isinstance(x, Tensor) or not x.is_floating_point() or not x.isfinite().all():
+        if not is_plain(x) or not x.float().isfinite().all():
             raise UnusableInput(f"{folder}: {name} is no tensor of finite floating-point numbers")
         x = x.float()
         if short.endswith(TRANSPOSED) and x.dim() == 2:
@@ -389,6 +389,13 @@ def load_pretrained(source: str | Path) -> GPT:
     if config["tied"]:
         model.lm_head.weight = model.wte.weight
     return model
+
+
+def is_plain(x: object) -> bool:
+    """Whether x is a tensor of floating-point numbers that are all there."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return False
+    return x.layout == torch.strided and not x.is_nested and not x.is_meta
 
 
 def save_pretrained(model: GPT, folder: str | Path) -> None:
@@ -452,7 +459,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UnusableInput(f"{path}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UnusableInput(f"{path}: not a JSON file") from None
     if not isinstance(content, dict):
         raise UnusableInput(f"{path}: want a JSON object")
@@ -468,12 +475,12 @@ def read_config(folder: Path) -> dict:
             raise UnusableInput(f"{path}: {name} = {config[name]!r}, want {value!r} as in GPT-2")
     for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
         value = config.get(name)
-        if type(value) is not int or value < 1:
-            raise UnusableInput(f"{path}: {name} = {value!r}, want an integer above 0")
+        if type(value) is not int or not 1 <= value <= 10 ** 6:
+            raise UnusableInput(f"{path}: {name} = {value!r}, want an integer from 1 to a million")
     if config["n_embd"] % config["n_head"] != 0:
         raise UnusableInput(f"{path}: n_embd is not a multiple of n_head")
     activation = config.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise UnusableInput(f"{path}: activation_function = {activation!r}, want one of "
                             f"{', '.join(ACTIVATIONS)}")
     return dict(vocab_size=config["vocab_size"], block_size=config["n_positions"],
@@ -488,8 +495,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if (folder / "model.safetensors").exists():
         return read_safetensors(folder / "model.safetensors")
     if index.exists():
+        shard_of = read_json(index).get("weight_map")
+        if not isinstance(shard_of, dict):
+            raise UnusableInput(f"{index}: want a weight_map")
         tensors = {}
-        for file in sorted(set(read_json(index).get("weight_map", {}).values())):
+        for file in sorted({str(file) for file in shard_of.values()}):
             tensors |= read_safetensors(folder / file)
         return tensors
     if not old.exists():
@@ -498,8 +508,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         tensors = torch.load(old, "cpu", weights_only=True)
     except Exception as error:                     # a stranger's file: PyTorch raises many kinds
         raise UnusableInput(f"{old}: PyTorch cannot read it: {type(error).__name__}") from None
-    if not isinstance(tensors, dict):
-        raise UnusableInput(f"{old}: want a dictionary of tensors")
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise UnusableInput(f"{old}: want a dictionary of tensors by name")
     return tensors
 
 
@@ -524,7 +534,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             tensors[name] = x.view(entry["shape"])
     except OSError as error:
         raise UnusableInput(f"{path}: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UnusableInput(f"{path}: damaged, or of a type that is not known: {error}") from None
     return tensors
 

@@ -309,7 +309,13 @@ def pretrained_encoding(source: str | Path) -> tiktoken.Encoding:
     if merges[0].startswith("#version"):
         merges = merges[1:]
     merges = [line.split() for line in merges if line.strip()]
+    for pair in merges:
+        if len(pair) != 2:
+            raise UnusableInput(f"{folder}: merges.txt: want two tokens a line, got {pair}")
     letters = _byte_letters()
+    byte_ids = [vocabulary.get(letter) for letter in letters]
+    if any(i not in byte_ids for i in range(256)):
+        raise UnusableInput(f"{folder}: vocab.json: want the ids 0 to 255 for the 256 bytes")
     # ids are given out in this order: bytes, merges, end-of-text; so an id tells its merge's rank
     order = list(letters) + ["".join(pair) for pair in merges] + [END]
     ranks = {}

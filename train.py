@@ -71,17 +71,30 @@ def choose_settings(args: argparse.Namespace, n: int, data: list | None, given: 
     """The settings for this kind of text and model, and what the command line says."""
     s = Settings()
     if data is not None:
-        # real text has more different words and sentences: more of everything
-        count = len(data)
+        # real text has more different words and sentences than the built-in one: more of everything
         s = dataclasses.replace(
-            s, reviews=count, vocab=min(2048, max(512, count // 4)), lm_lr=3e-3,
-            lm_steps=min(2000, count // 3), epochs=6, m=128, steps=600, lr=3e-3)
+            s,
+            reviews=len(data),
+            vocab=min(2048, max(512, len(data) // 4)),
+            lm_steps=min(2000, len(data) // 3),         # some twenty times through the reviews
+            lm_lr=3e-3,
+            epochs=6,
+            m=128,
+            steps=600,
+            lr=3e-3,
+        )
     if given is not None:
-        # GPT-2 knows English already, and is a thousand times as large
-        room = given.model.config["block_size"] - s.prompt_tokens
+        # GPT-2 knows English already, and one update of it takes minutes on two cores
         s = dataclasses.replace(
-            s, lm_steps=min(150, s.reviews // 50), lm_lr=5e-5, prompts=256, m=64, held_prompts=32,
-            steps=250, length=min(24, room))
+            s,
+            lm_steps=min(150, s.reviews // 50),         # about once through the reviews
+            lm_lr=5e-5,
+            prompts=256,
+            m=64,
+            held_prompts=32,
+            steps=250,
+            length=min(s.length, given.model.config["block_size"] - s.prompt_tokens),
+        )
     if args.quick:
         s = dataclasses.replace(
             s, reviews=600, vocab=400, width=32, lm_steps=10, epochs=1, prompts=8, m=16,
@@ -134,6 +147,7 @@ def main(argv: list[str] | None = None) -> None:
                                           settings, seed)
     models = [("reference", reference, 1), (f"best of {n}", reference, n), ("vBoN", policy, 1)]
     if question is not None:
+        question = question.to(device)
         print(answers(text.encoding, question, reward.fn, models, settings, seed), end="")
         return
 
@@ -203,8 +217,9 @@ def make_text(data: list | None, given: "Given | None", settings: Settings, seed
     return Text(encoding, tokens, labels, unseen, starts[held:last], starts[:held])
 
 
-# Raise this by one after a change of `train_reference`, so that no old model is used.
-REFERENCE_VERSION = 1
+# Raise this by one after a change of `train_reference` or `draw_samples`, so that nothing old is
+# used. Other changes are noticed without it.
+VERSION = 1
 
 
 def get_reference(out: Path, text: Text, given: "Given | None", settings: Settings, seed: int,
@@ -213,7 +228,7 @@ def get_reference(out: Path, text: Text, given: "Given | None", settings: Settin
     shape = dict(vocab_size=text.encoding.n_vocab, block_size=text.tokens.shape[1],
                  n_layer=settings.layers, n_head=settings.heads, n_embd=settings.width)
     start = given and weights(given.model)
-    path = stage_path(out, f"reference-model-seed{seed}", REFERENCE_VERSION, source("model.py"),
+    path = stage_path(out, f"reference-model-seed{seed}", VERSION, source("model.py"),
                       text.tokens, text.unseen, shape, start, settings.lm_steps, settings.lm_batch,
                       settings.lm_lr, device.type, seed)
     saved = stored(path, train_reference, text, given, shape, settings, seed, device)
@@ -279,9 +294,9 @@ def get_samples(out: Path, reference: GPT, reward: Reward, text: Text, settings:
     for name, prompts, m in (("training", text.prompts, settings.m),
                              ("held-out", text.held_prompts, settings.m_eval),
                              ("draws", text.held_prompts, settings.m_eval)):
-        path = stage_path(out, f"samples-{name}-seed{seed}", source("model.py"),
-                          weights(reference), reward.depends_on, prompts, m,
-                          settings.length, device.type, name, seed)
+        path = stage_path(out, f"samples-{name}-seed{seed}", VERSION, source("model.py"),
+                          weights(reference), reward.depends_on, prompts, m, settings.length,
+                          device.type, name, seed)
         saved = stored(path, draw_samples, reference, reward.fn, prompts.to(device), m,
                        settings.length, name, seed)
         found.append(Samples(**saved))
@@ -591,8 +606,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
                         "of best-of-N and of the policy. What is not trained yet is trained first.")
     parser.add_argument("--out", metavar="DIR", default="out", help="The folder for results, "
                         "pictures and finished stages. Default: out.")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or mps. Default: cuda where "
-                        "there is one, else cpu.")
+    parser.add_argument("--device", default="auto", help="Compute on cpu, cuda or mps. Default: "
+                        "cuda where there is one, else cpu.")
     parser.add_argument("--quick", action="store_true", help="Make everything tiny: a few seconds "
                         "that show that the program runs. The numbers mean nothing.")
     return parser
@@ -677,7 +692,7 @@ def read_results(out: Path) -> list[dict]:
     path = out / "results.jsonl"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_bytes().splitlines() if path.exists() else []
     except OSError as error:
         raise UnusableInput(f"--out {out}: {error.strerror}") from None
     rows = []
@@ -898,6 +913,8 @@ def run(program: Callable[[], None], name: str) -> None:
 
     Any other exception is a bug in these files, and keeps its traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")        # where ± cannot be shown, print ? instead
     try:
         program()
     except UnusableInput as error:

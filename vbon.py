@@ -3,7 +3,6 @@
 Best-of-N draws N responses from a reference model π_ref and keeps the one with the highest reward.
 What it returns has a distribution, π_bon, and this distribution has a formula. vBoN fine-tunes a
 policy π_θ towards it, by minimising KL(π_θ || π_bon). After that, one sample does the work of N.
-
 `python vbon.py` shows all of it on six responses, in one screen, without a network.
 
     symbol       name          shape       meaning
@@ -28,11 +27,10 @@ policy π_θ towards it, by minimising KL(π_θ || π_bon). After that, one samp
 
 E_θ is the mean over responses y that the policy itself samples; b is a number, the baseline.
 
-Of a model, this file needs two methods and nothing else:
-    sample(prompt, k, length, generator) -> response (P, K, L), logprob (P, K)
-    logprob(prompt, response)            -> logprob (P, K), with gradients
-Of a reward, it needs a function: reward_fn(prompt, response) -> reward (P, K).
-All arithmetic on (P, K) tensors runs in float64 on the CPU, where it costs nothing.
+A model needs two methods, and a reward is a function. (P, K) arithmetic is float64, on the CPU.
+    model.sample(prompt, k, length, generator) -> response (P, K, L), logprob (P, K)
+    model.logprob(prompt, response)            -> logprob (P, K), with gradients
+    reward_fn(prompt, response)                -> reward (P, K)
 """
 import itertools
 import math
@@ -46,19 +44,18 @@ def empirical_cdf(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P,
     """Estimate F of equation (1) as (rank + 1) / (M + 1), where rank = #{r_j < r}.
 
     Reward 2.5 against 1, 2, 2, 3 has rank 3, so F = 4/5; reward 2 has rank 1, so F = 2/5.
-    The + 1 keeps log F finite for a response that scores below all M. With 95 % probability no
-    estimate is off by more than 1.36/√M (DKW inequality), apart from the + 1.
-    Raises ValueError for wrong shapes and for rewards that are empty or not finite.
+    The + 1 keeps log F finite for a response that scores below all M. Raises ValueError for wrong
+    shapes and for rewards that are empty or not finite.
     """
     less, _ = _count_less_and_equal(reward, ref_rewards)
-    return (less + 1) / (ref_rewards.shape[1] + 1)
+    m = ref_rewards.shape[1]
+    return (less + 1) / (m + 1)
 
 
 def cdf_interval(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Another estimate of F_lt and F_le, each (P, K): y counts as one more among M + 1 responses.
+    """Another estimate of F_lt and F_le, each (P, K): y is counted among the M + 1 responses.
 
-    Reward 2 against 1, 2, 2, 3 gives 1/5 and 4/5. With it, the weight of equation (4), the sum over
-    k, has a mean of exactly 1 under π_ref. Training does not use it; see `bon_target`.
+    Reward 2 against 1, 2, 2, 3 gives 1/5 and 4/5. The sum over k in (4) then has mean exactly 1.
     """
     less, equal = _count_less_and_equal(reward, ref_rewards)
     total = ref_rewards.shape[1] + 1
@@ -77,10 +74,10 @@ def win_rate(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P, M) -
 def _count_less_and_equal(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
     """#{r_j < r} and #{r_j = r}, each (P, K): the one place where rewards are compared."""
     _check_rewards(reward, ref_rewards)
-    ordered = _float64(ref_rewards).sort(-1).values
     reward = _float64(reward).contiguous()
-    less = torch.searchsorted(ordered, reward, right=False)
-    less_or_equal = torch.searchsorted(ordered, reward, right=True)
+    ref_rewards, _ = _float64(ref_rewards).sort(-1)
+    less = torch.searchsorted(ref_rewards, reward, right=False)
+    less_or_equal = torch.searchsorted(ref_rewards, reward, right=True)
     return less.double(), (less_or_equal - less).double()
 
 # ----------------------------------------------------------------- 2. the distribution of best-of-N
@@ -91,12 +88,13 @@ def bon_logprob(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:  # (...
     π_ref(y) = 0.1 and F = 0.75 with n = 2 give 0.85² - 0.75² = 0.16. log_cdf may be -inf (F = 0).
     Raises ValueError for unequal shapes, for nan, and for an n that is no integer >= 1.
     """
-    # The naive line is ((F + p)**n - F**n).log(). With p = e^-40 it is -inf: F + p rounds to F.
-    # The sum over i subtracts nothing.
+    # The naive line, ((F + p)**n - F**n).log(), is -inf at p = e^-40, where F + p rounds to F.
     ref_logprob, log_cdf = _check_logs(n, ref_logprob, log_cdf)
-    i = _numbers(1, n, log_cdf)                                            # (N, 1, .., 1)
-    log_choose = math.lgamma(n + 1) - torch.lgamma(i + 1) - torch.lgamma(n - i + 1)
-    log_term = log_choose + _log_power(log_cdf, n - i) + i * ref_logprob   # (N, ...)
+    i = _numbers(1, n, log_cdf)                                      # (N, 1, .., 1)
+    # log C(N,i) = log N! - log i! - log (N-i)!
+    log_term = math.lgamma(n + 1) - torch.lgamma(i + 1) - torch.lgamma(n - i + 1)
+    log_term = log_term + _log_power(log_cdf, n - i)
+    log_term = log_term + i * ref_logprob                            # (N, ...)
     return log_term.logsumexp(0)
 
 
@@ -106,8 +104,8 @@ def bon_logprob_bound(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:
     On text the two agree to rounding: a whole sentence is improbable, so the terms i >= 2 vanish.
     """
     ref_logprob, log_cdf = _check_logs(n, ref_logprob, log_cdf)
-    power = torch.tensor(n - 1.0).double()
-    return math.log(n) + _log_power(log_cdf, power) + ref_logprob
+    log_weight = math.log(n) + _log_power(log_cdf, torch.tensor(n - 1))
+    return log_weight + ref_logprob
 
 
 def bon_logprob_ties(ref_logprob: Tensor, log_lt: Tensor, log_le: Tensor, n: int) -> Tensor:
@@ -116,8 +114,8 @@ def bon_logprob_ties(ref_logprob: Tensor, log_lt: Tensor, log_le: Tensor, n: int
     F_le = F_lt + π_ref(y) gives equation (2). F_le = F_lt gives equation (3).
     """
     ref_logprob, log_lt, log_le = _check_logs(n, ref_logprob, log_lt, log_le)
-    k = _numbers(0, n - 1, log_lt)                                         # (N, 1, .., 1)
-    log_term = _log_power(log_le, n - 1 - k) + _log_power(log_lt, k)       # (N, ...)
+    k = _numbers(0, n - 1, log_lt)                                   # (N, 1, .., 1)
+    log_term = _log_power(log_le, n - 1 - k) + _log_power(log_lt, k)
     return ref_logprob + log_term.logsumexp(0)
 
 
@@ -143,8 +141,9 @@ def best_of_n(reward: Tensor, generator: torch.Generator | None = None) -> Tenso
     """Best-of-N itself: the index of the highest of N rewards; ties are broken at random."""
     _check_rewards(reward)
     reward = _float64(reward)
-    is_best = reward == reward.max(-1, keepdim=True).values
-    return torch.multinomial(is_best.double(), 1, generator=generator)[:, 0]
+    highest, _ = reward.max(-1, keepdim=True)
+    is_best = (reward == highest).double()
+    return torch.multinomial(is_best, 1, generator=generator)[:, 0]
 
 
 def bon_theory(n: int) -> tuple[float, float]:
@@ -153,7 +152,8 @@ def bon_theory(n: int) -> tuple[float, float]:
     n = 4 gives log 4 - 3/4 = 0.636 and 4/5.
     """
     _check_n(n)
-    return math.log(n) - (n - 1) / n, n / (n + 1)
+    kl = math.log(n) - (n - 1) / n
+    return kl, n / (n + 1)
 
 
 def bon_attains(ref_rewards: Tensor, n: int) -> tuple[float, float]:  # (P, M) -> kl, win_rate
@@ -168,30 +168,30 @@ def bon_attains(ref_rewards: Tensor, n: int) -> tuple[float, float]:  # (P, M) -
     cdf_lt = less / m
     cdf_le = (less + equal) / m
     # how many times as probable best-of-n makes each of the M responses
-    ratio = (cdf_le ** n - cdf_lt ** n) / (equal / m)
-    kl = torch.xlogy(ratio, ratio).mean()
-    win = (ratio * (cdf_lt + cdf_le) / 2).mean()
-    return kl.item(), win.item()
+    ratio = (cdf_le ** n - cdf_lt ** n) / (cdf_le - cdf_lt)
+    kl = torch.xlogy(ratio, ratio)                                   # ratio · log ratio
+    wins = ratio * (cdf_lt + cdf_le) / 2
+    return kl.mean().item(), wins.mean().item()
 
 # ---------------------------------------------------------------- 3. the objective and its gradient
 
 def leave_one_out(score: Tensor) -> Tensor:  # (P, K) -> (P, K)
     """The baseline b of (6): for each response, the mean score of the other K - 1.
 
-    Scores 1, 2, 6 have the baselines 4, 3.5, 1.5. A response's own score must stay out: then b does
-    not depend on it, and E_θ[b ∇ log π_θ] = 0. Raises ValueError for K < 2.
+    Scores 1, 2, 6 have the baselines 4, 3.5, 1.5. A response's own score stays out of its b: then
+    E_θ[b ∇ log π_θ(y)] = 0. Raises ValueError for K < 2.
     """
     if score.dim() != 2 or score.shape[1] < 2:
         raise ValueError(f"want score (P, K) with K >= 2, got {tuple(score.shape)}")
-    total = score.sum(-1, keepdim=True)
-    return (total - score) / (score.shape[1] - 1)
+    others = score.sum(-1, keepdim=True) - score
+    return others / (score.shape[1] - 1)
 
 
 def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (P, K) -> ()
     """A surrogate for -J: its *gradient* is minus (6), if y was sampled from π_θ.
 
-    Its value means nothing and need not fall; watch the KL to π_bon instead. Raises ValueError for
-    K < 2, unequal shapes and log-probabilities that are not finite.
+    Its value means nothing; watch the KL to π_bon instead. Raises ValueError for K < 2, unequal
+    shapes and log-probabilities that are not finite.
     """
     _check_shapes(logprob, log_target)
     logprob = _float64(logprob)
@@ -220,9 +220,8 @@ def update(policy, reference, optimizer: torch.optim.Optimizer, reward_fn, promp
            part: int | None = None) -> dict[str, float]:
     """One step of vBoN: k responses of the policy to each prompt (P, T), ref_rewards (P, M).
 
-    Returns what to watch, as means over the responses: win_rate, kl_ref and kl_target, the KL to
-    best of *this* n. `part` prompts are worked on at a time, to bound memory: it changes nothing,
-    since the gradients of the parts add up to that of the whole.
+    Returns means over the responses: win_rate, kl_ref and kl_target, the KL to best of *this* n.
+    With `part`, so many prompts are worked on at a time, to save memory: their gradients add up.
     """
     watched = []
     size = part or len(prompt)
@@ -242,10 +241,11 @@ def update(policy, reference, optimizer: torch.optim.Optimizer, reward_fn, promp
         share = len(x) / len(prompt)
         loss = share * reverse_kl_loss(logprob, log_target)
         loss.backward()
-
-        now = logprob.detach()
+        logprob = logprob.detach()
         wins = win_rate(reward, refs)
-        watched.append(torch.stack([wins, now - ref_logprob, now - log_target]))
+        kl_ref = logprob - ref_logprob
+        kl_target = logprob - log_target
+        watched.append(torch.stack([wins, kl_ref, kl_target]))          # (3, P, K)
     optimizer.step()
     wins, kl_ref, kl_target = torch.cat(watched, 1).mean((1, 2)).tolist()
     return {"win_rate": wins, "kl_ref": kl_ref, "kl_target": kl_target}
@@ -268,7 +268,7 @@ def _log_power(log_x: Tensor, k: Tensor) -> Tensor:
 
 
 def _check_n(n: int) -> None:
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+    if type(n) is not int or n < 1:
         raise ValueError(f"want an integer n >= 1, got {n!r}")
 
 
@@ -280,8 +280,8 @@ def _check_shapes(*given: Tensor) -> None:
 
 def _check_rewards(*rewards: Tensor) -> None:
     shapes = [tuple(r.shape) for r in rewards]
-    for r, shape in zip(rewards, shapes):
-        if len(shape) != 2 or 0 in shape or shape[0] != shapes[0][0]:
+    for r in rewards:
+        if r.dim() != 2 or r.numel() == 0 or len(r) != len(rewards[0]):
             raise ValueError(f"want rewards (P, K) or (P, K) and (P, M), none empty, got {shapes}")
         if not r.isfinite().all():
             raise ValueError("want finite rewards, got nan or inf")
@@ -298,46 +298,42 @@ def _check_logs(n: int, *logs: Tensor) -> list[Tensor]:
 
 # -------------------------------------------------------------------------------- 6. python vbon.py
 
-def toy(n: int = 4, steps: int = 400) -> None:
+def toy(n: int = 4) -> None:
     """The whole paper on six responses with known probabilities: no network, no estimate of F."""
-    prob = torch.tensor([0.20, 0.30, 0.20, 0.05, 0.10, 0.15]).double()
-    reward = torch.tensor([-4.0, -1.0, 0.5, 1.0, 2.0, 3.0]).double()
-    # equation (1): the probability of all responses that score lower
-    lower = reward[None, :] < reward[:, None]                              # (6, 6)
-    cdf = (lower * prob).sum(1)
-
-    # Best-of-n by its definition: go through all 6^n ways to draw n responses.
-    brute = torch.zeros(6).double()
+    prob = torch.tensor([0.20, 0.30, 0.20, 0.05, 0.10, 0.15], dtype=torch.float64)
+    reward = torch.tensor([-4.0, -1.0, 0.5, 1.0, 2.0, 3.0], dtype=torch.float64)
+    # equation (1): the probability of all responses that score lower; the rewards are in order
+    cdf = prob.cumsum(0) - prob
+    # best-of-n by its definition: go through all 6^n ways to draw n responses
+    brute = torch.zeros(6, dtype=torch.float64)
     for draws in itertools.product(range(6), repeat=n):
-        best = max(draws, key=reward.tolist().__getitem__)
-        brute[best] += prob[list(draws)].prod()
+        brute[max(draws)] += prob[list(draws)].prod()
     log_bon = bon_logprob(prob.log(), cdf.log(), n)
-    log_bound = bon_logprob_bound(prob.log(), cdf.log(), n)
-
-    # A policy of six numbers that starts as the reference; 64 samples of its own at each step.
+    bound = bon_logprob_bound(prob.log(), cdf.log(), n).exp()
+    # a policy of six numbers that starts as the reference and learns from 64 samples a step
     logits = prob.log().requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.05)
     generator = torch.Generator().manual_seed(0)
-    kl_to_bon = []
-    for step in range(steps):
+    kl = []
+    for step in range(401):
         logprob = logits.log_softmax(0)
-        kl_to_bon.append((logprob.exp() * (logprob - log_bon)).sum().item())
-        y = torch.multinomial(logprob.exp().detach(), 64, True, generator=generator)
-        loss = reverse_kl_loss(logprob[y][None], log_bon[y][None])         # P = 1 prompt, K = 64
+        policy = logprob.detach().exp()
+        kl.append(torch.sum(policy * (logprob - log_bon)).item())
+        y = torch.multinomial(policy, 64, replacement=True, generator=generator)
+        loss = reverse_kl_loss(logprob[None, y], log_bon[None, y])   # P = 1 prompt, K = 64
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    print(f"Six responses, n = {n}. Probability of each under ...\n")
-    print(" reward  reference  F (1)   best-of-n  exact (2)  bound (3)  policy after training")
-    policy = logits.softmax(0)
-    columns = [reward, prob, cdf, brute, log_bon.exp(), log_bound.exp(), policy]
-    for row in torch.stack(columns, 1).tolist():
-        print("{:7.1f}{:11.3f}{:7.2f}{:12.4f}{:11.4f}{:11.4f}{:11.4f}".format(*row))
-    print("\nbest-of-n: all ways to draw n responses, counted one by one.")
-    print("policy: trained with reverse_kl_loss on its own samples. Its KL to best-of-n, in nats:")
-    for step in (0, 25, 50, 100, 200, steps - 1):
-        print(f"  step {step:3}  {kl_to_bon[step]:.4f}")
+    print(f"Six responses, n = {n}. How probable each of them is:\n")
+    print(" reward   under π_ref   F (1)   best of n   exact (2)   bound (3)   trained policy")
+    table = torch.stack([reward, prob, cdf, brute, log_bon.exp(), bound, policy], 1)
+    for row in table.tolist():
+        print("{:7.1f}{:14.3f}{:8.2f}{:12.4f}{:12.4f}{:12.4f}{:17.4f}".format(*row))
+    print("\nbest of n: all ways to draw n responses, counted one by one. The policy was trained by"
+          "\nreverse_kl_loss on its own samples. Its KL to best-of-n, in nats:")
+    for step in (0, 25, 50, 100, 200, 400):
+        print(f"  step {step:3}   {kl[step]:.4f}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What goes past the paper's own method: other methods, their comparison, and three studies."""

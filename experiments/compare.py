@@ -1,0 +1,486 @@
+"""compare.py: several N, seeds and methods, what theory says of them, and how far each one came.
+
+    python -m experiments.compare --n 2 4 8 --seed 0 1 2 --method vbon bound kl-rl bon-sft bond
+
+Run it from the folder of train.py. It has the stages, the flags, the cache and the result lines of
+train.py. For each seed: text, reward, reference samples; then for each N: fine-tuning, evaluation.
+"""
+import argparse
+import io
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import train
+import vbon
+from experiments import methods, theory
+from model import GPT, UnusableInput
+from reward import load_reviews
+
+TRAINED = ("vbon", *methods.METHODS)
+NAMES = {"ref": "reference", "bon": "best of {n}", "soft-bon": "soft best of {n}", "vbon": "vBoN",
+         "bound": "vBoN bound", "kl-rl": "KL-RL", "bon-sft": "BoN-SFT", "bond": "BOND's Jeffreys"}
+
+# ------------------------------------------------------------------------------------- the main job
+
+def main(argv: list[str] | None = None) -> None:
+    """All seeds, N and methods; then tables over the seeds, a picture, and answers."""
+    began = time.time()
+    args = parse_arguments(argv)
+    out = Path(args.out)
+    device = train.start_processes(args.device)
+    data = load_reviews(args.data) if args.data else None
+    given = train.load_given(args.init)
+    for n in args.n:
+        check_arguments(args, n, train.choose_settings(args, n, data, given))
+    train.read_results(out)                             # if they are damaged, say so now
+
+    rows = []
+    pool = []                                           # held-out reference rewards of all seeds
+    report = ""
+    for seed in args.seed:
+        # text, reward and reference samples do not depend on N
+        settings = train.choose_settings(args, args.n[0], data, given)
+        world = make_world(args, out, data, given, settings, seed, device)
+        pool.append(world.held.reward)
+        # first all β: if one cannot be found, better now than after an hour
+        betas = {n: choose_betas(args, n, world.held.reward) for n in args.n}
+        for n in args.n:
+            settings = train.choose_settings(args, n, data, given)
+            policies = get_policies(args, out, world, n, betas[n], settings, seed)
+            if world.question is not None:
+                print(answers(world, policies, world.question, n, settings, seed))
+                continue
+            made_by = train.describe(settings, data, given, device)
+            decoded = measure_decoding(world, n, betas[n], seed, made_by)
+            trained, rewards = measure_policies(world, policies, n, settings, seed, made_by)
+            train.add_results(out, decoded + trained)
+            rows += decoded
+            for row, reward in zip(trained, rewards):
+                rows.append(row | distances(row, reward, world.held.reward))
+            report += answers(world, policies, world.held_prompts[:8], n, settings, seed) + "\n"
+    if args.sample is not None:
+        return
+
+    # ---- what all of it says, over the seeds
+    train.write_whole(out / "samples.txt", report.encode("utf-8"))
+    pool = torch.cat(pool)
+    groups = over_seeds(rows, args.beta is not None)
+    print_table(groups, args.n, pool)
+    print_comparison(groups, args.n)
+    draw_picture(out / "pareto.png", rows, args.n, args.beta is not None, pool)
+    print(f"\n{time.time() - began:.0f} s; {out}/ holds a picture, pareto.png, and answers, "
+          f"samples.txt")
+
+
+class World(NamedTuple):
+    """What the first three stages of train.py make for one seed."""
+    text: train.Text
+    reference: GPT
+    reward: train.Reward
+    samples: train.Samples          # to train with
+    held: train.Samples             # for F in the evaluation
+    draws: train.Samples            # for best-of-N in the evaluation
+    held_prompts: Tensor            # (P', T0) on the device
+    question: Tensor | None         # (3, T) the prompt of --sample, three times, on the device
+
+
+def make_world(args: argparse.Namespace, out: Path, data: list | None, given: train.Given | None,
+               settings: train.Settings, seed: int, device: torch.device) -> World:
+    """The stages text, reward and reference samples, as in train.main."""
+    text = train.make_text(data, given, settings, seed)
+    question = train.encode_question(args.sample, text, settings, given)
+    reference, perplexity = train.get_reference(out, text, given, settings, seed, device)
+    reward, accuracy = train.get_reward(text, settings, seed, device)
+    samples, held, draws = train.get_samples(out, reference, reward, text, settings, seed)
+    if args.sample is None:
+        print(f"seed {seed}: the reference has a perplexity of {perplexity:.1f}, the classifier is "
+              f"right on {accuracy:.0%}", flush=True)
+    if question is not None:
+        question = question.to(device)
+    return World(text, reference, reward, samples, held, draws, text.held_prompts.to(device),
+                 question)
+
+
+def choose_betas(args: argparse.Namespace, n: int, held_rewards: Tensor) -> list[float]:
+    """The β of KL-RL for one N: those of --beta, or the one that goes as far as best-of-n."""
+    if "kl-rl" not in args.method:
+        return []
+    if args.beta is not None:
+        return args.beta
+    return [theory.find_beta(held_rewards, n)]
+
+
+class Policy(NamedTuple):
+    """A trained policy."""
+    method: str
+    beta: float | None
+    model: GPT
+    seconds: float
+
+
+def get_policies(args: argparse.Namespace, out: Path, world: World, n: int, betas: list[float],
+                 settings: train.Settings, seed: int) -> list[Policy]:
+    """Stage fine-tuning, for each method and β."""
+    policies = []
+    prompts = world.text.prompts
+    # the very policy of train.py, from its cache if it is there
+    if "vbon" in args.method:
+        model, _, seconds = train.get_policy(out, world.reference, world.reward, prompts,
+                                             world.samples, n, settings, seed)
+        policies.append(Policy("vbon", None, model, seconds))
+    for method in methods.METHODS:
+        if method not in args.method:
+            continue
+        # only KL-RL has a β; the others are trained once for each N
+        for beta in betas if method == "kl-rl" else [None]:
+            model, _, seconds = methods.get_policy(out, method, beta, world.reference, world.reward,
+                                                   prompts, world.samples, n, settings, seed)
+            policies.append(Policy(method, beta, model, seconds))
+    return policies
+
+# ----------------------------------------------------------------------------------- the evaluation
+
+def measure_decoding(world: World, n: int, betas: list[float], seed: int, made_by: dict
+                     ) -> list[dict]:
+    """The lines of results.jsonl for what is not trained: reference, best-of-n, soft best-of-n.
+
+    The first two are the lines that train.py writes.
+    """
+    ours = {"seed": seed, "beta": None} | made_by
+    rows = [train.reference_row(world.draws, world.held, n) | ours,
+            train.best_of_n_row(world.draws, world.held, n, seed) | ours]
+    for beta in betas:
+        row = soft_best_of_n_row(world.draws, world.held, n, beta, seed)
+        rows.append(row | {"seed": seed, "beta": beta} | made_by | mark())
+    return rows
+
+
+def measure_policies(world: World, policies: list[Policy], n: int, settings: train.Settings,
+                     seed: int, made_by: dict) -> tuple[list[dict], list[Tensor]]:
+    """Stage evaluation: the policies' lines of results.jsonl, and the rewards (P', K) of each.
+
+    vBoN's is the line that train.py writes.
+    """
+    rows = []
+    rewards = []
+    for policy in policies:
+        row, reward = train.evaluate(policy.method, policy.model, world.reference, world.reward.fn,
+                                     world.held_prompts, world.held, n, settings, seed)
+        row["seconds"] += policy.seconds
+        row = row | {"seed": seed, "beta": policy.beta} | made_by
+        if policy.method != "vbon":
+            row = row | mark()
+        rows.append(row)
+        rewards.append(reward)
+    return rows, rewards
+
+
+def mark() -> dict[str, str]:
+    """Names the code of the other methods, for their lines."""
+    files = ("methods.py", "theory.py", "compare.py")
+    code = [train.source(f"experiments/{file}") for file in files]
+    return {"experiments": train.digest(code)}
+
+
+def soft_best_of_n_row(draws: train.Samples, held: train.Samples, n: int, beta: float, seed: int
+                       ) -> dict:
+    """Soft best-of-N, really drawn: of each n draws of the reference, one is the answer."""
+    P, M = draws.reward.shape
+    # the same groups of n draws as best-of-N chooses from
+    answers = M // n
+    reward = draws.reward[:, :answers * n].reshape(-1, n)           # (P·A, n)
+    logprob = draws.logprob[:, :answers * n].reshape(-1, n)
+    generator = train.random_numbers("cpu", "soft best", n, beta, seed)
+    chosen = methods.soft_best_of_n(reward, beta, generator)[:, None]
+    reward = reward.gather(1, chosen).view(P, answers)
+    ref_logprob = logprob.gather(1, chosen).view(P, answers)
+    # F is not needed here, but rivals are: other draws than those that were chosen from
+    own = methods.soft_bon_logprob(ref_logprob, reward, held.reward, n, beta)
+    row = train.metrics(own, ref_logprob, reward, held.reward, n)
+    return {"method": "soft-bon", "n": n} | row | {"samples_per_answer": n,
+                                                   "seconds": draws.seconds}
+
+
+def answers(world: World, policies: list[Policy], prompts: Tensor, n: int,
+            settings: train.Settings, seed: int) -> str:
+    """Under each prompt an answer of the reference, of best-of-n and of each policy, unedited."""
+    models = [("reference", world.reference, 1), (f"best of {n}", world.reference, n)]
+    for policy in policies:
+        models.append((title(policy.method, n), policy.model, 1))
+    found = train.answers(world.text.encoding, prompts, world.reward.fn, models, settings, seed)
+    return f"N = {n}, seed {seed}\n\n{found}"
+
+
+def distances(row: dict, reward: Tensor, held_rewards: Tensor) -> dict[str, float | None]:
+    """How far a row, and the aim of its method, are below the highest at their KL; None: unknown.
+
+    reward (P', K) are the rewards of its responses, held_rewards (P', M) those of the reference.
+    For win_rate and reward: `below_*` of the row; `aim_below_*` of the aim; `left_*`, what training
+    has left undone: the difference of the two. Also the aim itself, `aim_win_rate`, `aim_kl_ref`.
+    """
+    aim = theory.aim(row["method"], row["n"], row["beta"], held_rewards)
+    found = {}
+    for plane in ("win_rate", "reward"):
+        below = below_highest(plane, row, held_rewards)
+        aim_below = below_highest(plane, aim, held_rewards)
+        known = below is not None and aim_below is not None
+        found[f"below_{plane}"] = below
+        found[f"aim_below_{plane}"] = aim_below
+        found[f"left_{plane}"] = below - aim_below if known else None
+    found["below_win_rate_se"] = row["win_rate_se"]
+    if found["below_reward"] is not None:
+        found["below_reward_se"] = error_of_distance(row, reward, held_rewards)
+    for name in ("win_rate", "kl_ref"):
+        found[f"aim_{name}"] = None if aim is None else aim[name]
+    return found
+
+
+def error_of_distance(row: dict, reward: Tensor, held_rewards: Tensor) -> float:
+    """The standard error of `below_reward`, over prompts.
+
+    Some prompts have high rewards whatever the policy does. So the difference to the highest is
+    taken for each prompt by itself; that of the rewards alone would vary far more.
+    """
+    weight = theory.highest_weights("reward", row["kl_ref"], held_rewards)
+    highest = (weight * held_rewards.double()).sum(-1, keepdim=True)        # (P', 1)
+    _, error = train.mean_and_error(highest - reward.double())
+    return error
+
+
+def below_highest(plane: str, point: dict | None, held_rewards: Tensor) -> float | None:
+    """How much win rate or reward a point lacks to the highest at its KL; None where unknown."""
+    if point is None:
+        return None
+    highest = theory.highest(plane, point["kl_ref"], held_rewards)
+    if highest is None:
+        return None
+    return highest - point[plane]
+
+# ----------------------------------------------------------------------------- tables over seeds
+
+Groups = dict[tuple, list[dict]]
+
+
+def over_seeds(rows: list[dict], beta_given: bool) -> Groups:
+    """Rows that differ only in their seed: (n, method, β) -> rows.
+
+    A β that was found differs from seed to seed: it is no part of the name.
+    """
+    groups = {}
+    for row in rows:
+        beta = row["beta"] if beta_given else None
+        groups.setdefault((row["n"], row["method"], beta), []).append(row)
+    return groups
+
+
+def mean_and_spread(rows: list[dict], name: str) -> tuple[float, float] | None:
+    """Mean over seeds, and the larger of two errors; None if a value is unknown.
+
+    One is the standard deviation over the seeds. That of three seeds can be far too small by
+    chance. The other, the standard error of one row over its prompts, knows nothing of training.
+    """
+    values = [row[name] for row in rows]
+    if None in values:
+        return None
+    mean = sum(values) / len(values)
+    spread = sum(row.get(name + "_se", 0.0) for row in rows) / len(rows)
+    if len(values) > 1:
+        variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+        spread = max(spread, math.sqrt(variance))
+    return mean, spread
+
+
+def title(method: str, n: int) -> str:
+    """How a method is called in tables and in answers."""
+    return NAMES[method].format(n=n)
+
+
+def print_table(groups: Groups, ns: list[int], pool: Tensor) -> None:
+    """Means over the seeds; under each N, what best-of-N attains with the rewards of all seeds."""
+    print(f"\n{'':17}{'reward':>13}{'win rate':>14}{'KL to ref':>14}{'KL to BoN':>14}"
+          f"{'positive':>9}{'samples':>8}  beta")
+    for n in ns:
+        for (at, method, _), rows in groups.items():
+            if at != n:
+                continue
+            # a row for each method, a column for each metric
+            cells = ""
+            for name in ("reward", "win_rate", "kl_ref", "kl_bon"):
+                cells += with_error(mean_and_spread(rows, name)).rjust(14)
+            positive, _ = mean_and_spread(rows, "positive")
+            beta = ""
+            if rows[0]["beta"] is not None:
+                beta = f"{mean_and_spread(rows, 'beta')[0]:.3g}"
+            print(f"{title(method, n):16}{cells}{positive:9.2f}{rows[0]['samples_per_answer']:8}"
+                  f"  {beta}".rstrip())
+        # what best-of-n attains with these rewards, ties included
+        kl, win = vbon.bon_attains(pool, n)
+        reward = theory.bon_expected_reward(pool, n).mean().item()
+        print(f"{f'theory, N = {n}':16}{reward:7.3f}{win:14.3f}{kl:14.3f}{0:14.3f}")
+    print("\nKLs in nats per answer. ±: the larger of standard deviation over seeds and standard "
+          "error.")
+
+
+def with_error(found: tuple[float, float] | None) -> str:
+    """A number and its ±, or nothing where it is unknown."""
+    if found is None:
+        return ""
+    mean, spread = found
+    return f"{mean:.3f} ±{spread:.3f}"
+
+
+def print_comparison(groups: Groups, ns: list[int]) -> None:
+    """What each method aims at, how far from the highest at its KL it ends, and a verdict."""
+    print(f"\n{'':22}{'aim':>12}{'win rate below the highest':>31}"
+          f"{'reward below the highest':>29}\n"
+          f"{'':22}{'win':>6}{'KL':>7}{'by aim':>10}{'by training':>12}"
+          f"{'by aim':>15}{'by training':>12}")
+    trained = {key: rows for key, rows in groups.items() if key[1] in TRAINED}
+    for (n, method, beta), rows in trained.items():
+        cells = ""
+        columns = (("aim_win_rate", 8), ("aim_kl_ref", 7), ("aim_below_win_rate", 10),
+                   ("left_win_rate", 12), ("aim_below_reward", 15), ("left_reward", 12))
+        for name, width in columns:
+            found = mean_and_spread(rows, name)
+            cell = "" if found is None else f"{found[0]:.3f}"
+            cells += cell.rjust(width)
+        if beta is not None:
+            cells += f"  beta={beta:g}"
+        print(f"{title(method, n):15} N={n:<3}{cells}".rstrip())
+    print("\nThe highest: what the best of all policies with the same KL to the reference has. "
+          "Blank:\ntoo few effective samples to tell. By training: what training left undone, and "
+          "chance.")
+    for n in ns:
+        rivals = {key: rows for key, rows in trained.items() if key[0] == n}
+        if len(rivals) > 1:
+            print_verdict(n, rivals)
+    print("\nTo be fair: the KL to best-of-N is what vBoN itself minimises, and KL-RL aims "
+          "elsewhere. The\nlearning rate and the rank of the adapters were chosen for vBoN.")
+    if any(key[1] == "bond" for key in trained):
+        print("BOND's Jeffreys: its Jeffreys loss with N fixed, without its iteration and moving "
+              "anchor.")
+
+
+def print_verdict(n: int, rivals: Groups) -> None:
+    """Who is nearest to best-of-N, and who has most reward at its own KL."""
+    print(f"\nN = {n}, from best to worst; * means: within the errors of the best")
+    for name, question in (("kl_bon", "KL to best-of-N"),
+                           ("below_reward", "reward below the highest at its KL"),
+                           ("below_win_rate", "win rate below the highest at its KL")):
+        known = []
+        for (_, method, beta), rows in rivals.items():
+            found = mean_and_spread(rows, name)
+            if found is not None:
+                label = title(method, n) if beta is None else f"{title(method, n)} beta={beta:g}"
+                known.append((*found, label))
+        # by mean, the smallest first
+        known.sort()
+        if not known:
+            continue
+        print(f"  {question}")
+        best, error, _ = known[0]
+        for mean, spread, label in known:
+            mark = "*" if mean - best <= math.hypot(spread, error) else " "
+            print(f"    {with_error((mean, spread)):>14} {mark} {label}")
+
+# -------------------------------------------------------------------------------------- the picture
+
+STYLES = {"bon": ("o", "tab:blue"), "soft-bon": ("o", "tab:cyan"), "vbon": ("D", "tab:red"),
+          "bound": ("^", "tab:orange"), "kl-rl": ("v", "tab:green"), "bon-sft": ("P", "tab:purple"),
+          "bond": ("X", "tab:brown")}
+LINES = (("best-of-n", ".", "tab:blue", "best of 1, 2, 3, ..., in theory"),
+         ("win_rate", ":", "black", "highest win rate at a KL"),
+         ("reward", "--", "tab:green", "highest reward at a KL: optimum of KL-RL"))
+
+
+def draw_picture(path: Path, rows: list[dict], ns: list[int], beta_given: bool, pool: Tensor
+                 ) -> None:
+    """Win rate and reward against the KL to the reference: theory as lines, results as points."""
+    import matplotlib                                   # here, so that --help need not wait for it
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    # Seeds have other texts and classifiers: each has its own zero of the reward.
+    own = {row["seed"]: row["reward"] for row in rows if row["method"] == "ref"}
+    shifted = [row | {"reward": row["reward"] - own[row["seed"]]} for row in rows]
+    groups = over_seeds(shifted, beta_given)
+    figure, planes = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    reach = 1.15 * max(row["kl_ref"] for row in rows) + 0.1
+    curves = theory.curves(pool)
+    for axes, plane in zip(planes, ("win_rate", "reward")):
+        zero = pool.double().mean().item() if plane == "reward" else 0.0
+        # theory
+        for name, line, color, label in LINES:
+            near = [point for point in curves[name] if point["kl_ref"] < reach]
+            axes.plot([point["kl_ref"] for point in near], [point[plane] - zero for point in near],
+                      line, color=color, lw=1, label=label)
+        # what was measured, with the errors of both coordinates
+        for method, (marker, color) in STYLES.items():
+            label = NAMES[method].format(n="N")
+            for (_, other, _), group in groups.items():
+                if other != method:
+                    continue
+                kl, kl_error = mean_and_spread(group, "kl_ref")
+                height, error = mean_and_spread(group, plane)
+                axes.errorbar(kl, height, error, kl_error, fmt=marker, color=color, ms=6,
+                              mfc="none", capsize=2, lw=1, label=label)
+                label = None                            # one entry in the legend for each method
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set(xlabel="KL to the reference, nats per answer")
+    planes[0].set(ylabel="win rate over the reference", title="What best-of-N aims for")
+    for n in ns:
+        planes[0].annotate(f"N = {n}", vbon.bon_attains(pool, n), (-10, 8), ha="right",
+                           textcoords="offset points", fontsize=9)
+    planes[1].set(ylabel="reward, above that of the reference", title="What KL-RL aims for")
+    planes[1].legend(loc="lower right", frameon=False, fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    pyplot.close(figure)
+    train.write_whole(path, picture.getvalue())
+
+# --------------------------------------------------------------------------------- the command line
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line. A wrong one ends the program with status 2 and one line."""
+    parser = train.make_parser(__doc__)
+    parser.add_argument("--n", type=int, nargs="+", default=[4], help="One N of best-of-N, or "
+                        "several. Above 8, training takes three times the steps. Default: 4.")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="One seed or several. "
+                        "Each repeats everything, text and reference too. Default: 0.")
+    parser.add_argument("--method", nargs="+", choices=TRAINED, default=list(TRAINED),
+                        metavar="METHOD", help=f"What to train: {', '.join(TRAINED)}. "
+                        "Default: all of them.")
+    parser.add_argument("--beta", type=float, nargs="+", help="The beta of kl-rl, one or several. "
+                        "A smaller one goes further away from the reference. Default: for each N "
+                        "the beta whose optimum is as far away as best-of-N.")
+    args = parser.parse_args(argv)
+    args.n = list(dict.fromkeys(args.n))                # each once
+    args.seed = list(dict.fromkeys(args.seed))
+    if args.beta is not None:
+        args.beta = list(dict.fromkeys(args.beta))
+    return args
+
+
+def check_arguments(args: argparse.Namespace, n: int, settings: train.Settings) -> None:
+    """The rules of train.py, and those of the other methods."""
+    train.check_arguments(args, n, settings)
+    for method in methods.FROM_WINNERS:
+        if method in args.method and n > settings.m:
+            raise UnusableInput(f"--n {n}: {method} wants at most {settings.m}, the number of "
+                                f"cached responses; raise --m")
+    if args.beta is None:
+        return
+    if "kl-rl" not in args.method:
+        raise UnusableInput("--beta: only kl-rl has a beta; add it to --method")
+    for beta in args.beta:
+        if not 1e-6 <= beta <= 1e6:
+            raise UnusableInput(f"--beta {beta:g}: want a number from 1e-6 to 1e6")
+
+
+if __name__ == "__main__":
+    train.run(main, "compare")

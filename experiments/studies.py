@@ -1,0 +1,297 @@
+"""studies.py: three questions that need no training, and what an update costs.
+
+    python -m experiments.studies --n 4                     the three questions
+    python -m experiments.studies --cost 2 64 2 768         layers, width, heads, tokens of a GPT
+
+1. What does another scale of the reward do?   2. How far is the bound (3) from the exact form (2)?
+3. What does the number M of reference samples do?
+
+Run it from the folder of train.py. It uses and fills the same cache. For question 3 it also shows
+the policies of earlier runs of train.py with other --m, as results.jsonl in --out has them.
+"""
+import argparse
+import copy
+import io
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import train
+import vbon
+from experiments import theory
+from experiments.compare import make_world, mean_and_spread, with_error
+from model import GPT, UnusableInput, add_adapters
+from reward import load_reviews
+
+# ------------------------------------------------------------------------------------- the main job
+
+def main(argv: list[str] | None = None) -> None:
+    """The three questions, for one N and one seed."""
+    args = parse_arguments(argv)
+    if args.cost is not None:
+        print_cost(*args.cost)
+        return
+    out = Path(args.out)
+    device = train.start_processes(args.device)
+    data = load_reviews(args.data) if args.data else None
+    given = train.load_given(args.init)
+    settings = train.choose_settings(args, args.n, data, given)
+    train.check_arguments(args, args.n, settings)
+    rows = train.read_results(out)
+    world = make_world(args, out, data, given, settings, args.seed, device)
+    held = world.held.reward
+    beta = args.beta
+    if beta is None:
+        beta = theory.find_beta(held, args.n)
+
+    study_scale(world.draws, held, args.n, beta)
+    study_bound(world.draws, held, args.n)
+    made_by = train.describe(settings, data, given, device)
+    trained = find_other_m(rows, args.n, made_by)
+    errors = [error_of_cdf(m) for m in MS]
+    print_study_of_m(errors, trained, args.n)
+    draw_picture(out / "m.png", errors, trained, args.n)
+    print(f"\n{out}/m.png shows this")
+
+# ---------------------------------------------------------------------- 1. the scale of the reward
+
+def study_scale(draws: train.Samples, held_rewards: Tensor, n: int, beta: float) -> None:
+    """Increasing transforms of the reward leave vBoN's target as it is, and change KL-RL's."""
+    # an increasing function in theory may still make two numbers one; float64 leaves room
+    reward = draws.reward.double()
+    refs = held_rewards.double()
+    top = refs.quantile(0.97).item()
+    transforms = {
+        "the logit r": lambda r: r,
+        "its probability, sigmoid(r)": torch.sigmoid,
+        "r³": lambda r: r ** 3,
+        "the top 3 % raised by 20": lambda r: r + 20 * (r > top),
+    }
+    print(f"\n1. What does another scale of the reward do?\n\n"
+          f"{'largest change of a log target':31}{'vBoN':>8}{'KL-RL':>8}"
+          f"{f'optimum of KL-RL, beta={beta:g}: win':>36}{'KL':>8}")
+    for name, transform in transforms.items():
+        new_reward = transform(reward)
+        new_refs = transform(refs)
+        check_same_ranks(name, reward, refs, new_reward, new_refs)
+        before = vbon.bon_target(draws.logprob, reward, refs, n)
+        after = vbon.bon_target(draws.logprob, new_reward, new_refs, n)
+        vbon_change = (after - before).abs().max().item()
+        # KL-RL's target is known up to a constant for each prompt
+        change = (new_reward - reward) / beta
+        change = change - change.mean(1, keepdim=True)
+        optimum = theory.tilt(new_refs / beta, new_refs)
+        cells = f"{'too few effective samples to tell':>44}"
+        if optimum["ess"] >= theory.MIN_SIZE:
+            cells = f"{optimum['win_rate']:36.3f}{optimum['kl_ref']:8.3f}"
+        print(f"  {name:29}{vbon_change:8.3g}{change.abs().max().item():8.3g}{cells}")
+
+
+def check_same_ranks(name: str, reward: Tensor, refs: Tensor, new_reward: Tensor, new_refs: Tensor
+                     ) -> None:
+    """A transform that makes two rewards equal, in floating point, would spoil the question."""
+    old_lt, old_le = vbon.cdf_interval(reward, refs)
+    new_lt, new_le = vbon.cdf_interval(new_reward, new_refs)
+    if not torch.equal(old_lt, new_lt) or not torch.equal(old_le, new_le):
+        raise UnusableInput(f"with this reward, {name} changes how responses rank, by rounding")
+
+# ------------------------------------------------------------------------------- 2. exact and bound
+
+EDGES = (0, -8, -12, -16, -20, -24, -math.inf)          # of log π_ref(y), in nats
+
+
+def study_bound(draws: train.Samples, held_rewards: Tensor, n: int) -> None:
+    """How far (2) is above its bound (3), by how probable a response is under the reference."""
+    log_cdf = vbon.empirical_cdf(draws.reward, held_rewards).log()
+    ref_logprob = draws.logprob.double()
+    exact = vbon.bon_logprob(ref_logprob, log_cdf, n)
+    gap = exact - vbon.bon_logprob_bound(ref_logprob, log_cdf, n)
+    print(f"\n2. How far is the bound from the exact form?\n\nlog π_ref(y), nats   responses   "
+          f"exact (2) - bound (3) at N = {n}: mean, largest")
+    for high, low in zip(EDGES, EDGES[1:]):
+        chosen = gap[(ref_logprob <= high) & (ref_logprob > low)]
+        if len(chosen) > 0:
+            print(f"  {low:6} to {high:4}{len(chosen):15}{chosen.mean().item():22.2g}"
+                  f"{chosen.max().item():12.2g}")
+
+# ------------------------------------------------------------------------------ 3. the number M
+
+MS = (16, 32, 64, 128, 256, 512)
+
+
+def error_of_cdf(m: int, repeats: int = 4000) -> dict[str, float]:
+    """What M reference rewards leave unknown of F; the same for every continuous reward.
+
+    Such a reward may as well be its own CDF: uniform from 0 to 1. Returns the root mean square
+    error of log F at responses of the reference, and the mean and the 95 % quantile of the largest
+    error of F at any reward, with the bound that theory has for this quantile (DKW inequality).
+    """
+    generator = torch.Generator().manual_seed(m)
+    refs = torch.rand(repeats, m, generator=generator).double()
+    reward = torch.rand(repeats, 32, generator=generator).double()
+    log_error = vbon.empirical_cdf(reward, refs).log() - reward.log()
+    # The estimate is a staircase: the error is largest just at one of the M steps, or just above.
+    steps = refs.sort(-1).values
+    at = vbon.empirical_cdf(steps, refs)
+    above = at + 1 / (m + 1)
+    largest = torch.maximum((at - steps).abs(), (above - steps).abs()).amax(-1)
+    return {
+        "m": m,
+        "rmse_log": log_error.square().mean().sqrt().item(),
+        "sup_mean": largest.mean().item(),
+        "sup_95": largest.quantile(0.95).item(),
+        "dkw": math.sqrt(math.log(2 / 0.05) / (2 * m)),
+    }
+
+
+def find_other_m(rows: list[dict], n: int, made_by: dict) -> dict[int, list[dict]]:
+    """vBoN's rows of earlier runs that differ from this one in M and seed alone: M -> rows."""
+    found = {}
+    for row in rows:
+        same = all(row.get(name) == value for name, value in made_by.items() if name != "m")
+        if same and row["method"] == "vbon" and row["n"] == n:
+            found.setdefault(row["m"], []).append(row)
+    return dict(sorted(found.items()))
+
+
+def print_study_of_m(errors: list[dict], trained: dict[int, list[dict]], n: int) -> None:
+    """The errors of F for each M, and how far the policies came that were trained with it."""
+    print(f"\n3. What does M do?\n\n{'M':>5}{'RMSE of':>10}{'largest error of F':>24}"
+          f"{'bound':>8}{f'vBoN, N = {n}':>19}\n"
+          f"{'':5}{'log F':>10}{'mean':>14}{'95 %':>10}{'(DKW)':>8}{'win rate':>16}"
+          f"{'KL to BoN':>15}{'seeds':>7}")
+    for error in errors:
+        m = error["m"]
+        line = (f"{m:5}{error['rmse_log']:10.3f}{error['sup_mean']:14.3f}{error['sup_95']:10.3f}"
+                f"{error['dkw']:8.3f}")
+        if m in trained:
+            for name, width in (("win_rate", 16), ("kl_bon", 15)):
+                line += with_error(mean_and_spread(trained[m], name)).rjust(width)
+            line += f"{len(trained[m]):7}"
+        print(line)
+
+
+def draw_picture(path: Path, errors: list[dict], trained: dict[int, list[dict]], n: int) -> None:
+    """The errors of F and of log F against M, and the KL to best-of-N of what was trained."""
+    import matplotlib                                   # here, so that --help need not wait for it
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    left.loglog(MS, [error["dkw"] for error in errors], "k:", label="bound of the 95 % (DKW)")
+    left.loglog(MS, [error["sup_95"] for error in errors], "o-", label="95 % quantile")
+    left.loglog(MS, [error["sup_mean"] for error in errors], "s-", label="mean")
+    left.set(title="largest error of F, over all rewards")
+    left.legend(frameon=False, fontsize=8)
+    middle.loglog(MS, [error["rmse_log"] for error in errors], "o-")
+    middle.set(title="root mean square error of log F")
+    for axes, ticks in ((left, (0.04, 0.1, 0.2, 0.4)), (middle, (0.1, 0.2, 0.4))):
+        axes.set_yticks(ticks, ticks)
+    for m, rows in trained.items():
+        kl, spread = mean_and_spread(rows, "kl_bon")
+        right.errorbar(m, kl, spread, fmt="D", color="tab:red", capsize=2)
+    right.set(xscale="log", title=f"KL to best of {n} after training")
+    right.set(xlim=(12, 700), ylim=(0, None))
+    if not trained:
+        right.text(90, 0.5, "no results in --out", ha="center")
+    for axes in (left, middle, right):
+        axes.set(xlabel="M, reference samples to a prompt")
+        axes.minorticks_off()
+        axes.set_xticks(MS, MS)
+        axes.spines[["top", "right"]].set_visible(False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    pyplot.close(figure)
+    train.write_whole(path, picture.getvalue())
+
+# ---------------------------------------------------------------------------- what an update costs
+
+def print_cost(layers: int, width: int, heads: int, tokens: int) -> None:
+    """Time one vbon.update of 64 x 8 responses of 24 tokens on the CPU, and print the memory.
+
+    The GPT has random weights. The least of three times counts: other programs only add to it.
+    """
+    found = cost(layers, width, heads, tokens)
+    print(f"{found['weights'] / 1e6:.2f} M weights: {found['seconds']:.2f} s an update, "
+          f"{found['flops'] / found['seconds'] / 1e9:.0f} GFLOP/s, "
+          f"{found['memory'] / 1e9:.2f} GB at most")
+
+
+def cost(layers: int, width: int, heads: int, tokens: int, updates: int = 3) -> dict[str, float]:
+    """weights, seconds and flops (operations) of an update, memory (bytes) of the process at most.
+
+    Each response token is drawn, scored by reference and policy, and goes backward through the
+    policy: 2 + 2 + 2 + 4 operations for each weight.
+    """
+    import resource                                     # here, since Windows does not have it
+    settings = train.Settings()
+    generator = torch.Generator().manual_seed(0)
+    block = settings.prompt_tokens + settings.length
+    reference = GPT(tokens, block, layers, heads, width, generator=generator)
+    reference.untie_head()
+    policy = copy.deepcopy(reference)
+    trained = add_adapters(policy, settings.rank, generator)
+    optimizer = torch.optim.Adam(trained, lr=1e-4, fused=True)
+    prompt = torch.randint(tokens - 1, (settings.batch, settings.prompt_tokens),
+                           generator=generator)
+    ref_rewards = torch.randn(settings.batch, settings.m, generator=generator)
+    seconds = []
+    for _ in range(updates):
+        began = time.time()
+        vbon.update(policy, reference, optimizer, any_reward, prompt, ref_rewards, 4, settings.k,
+                    settings.length, generator, train.prompts_at_a_time(policy, settings))
+        seconds.append(time.time() - began)
+    weights = 0
+    for name, p in reference.named_parameters():
+        # looking up an embedding is no multiplication
+        if name not in ("wte.weight", "wpe.weight"):
+            weights += p.numel()
+    responses = settings.batch * settings.k
+    return {
+        "weights": weights,
+        "seconds": min(seconds),
+        "flops": 10 * weights * responses * settings.length,
+        "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,     # as Linux counts
+    }
+
+
+def any_reward(prompt: Tensor, response: Tensor) -> Tensor:  # (P, T), (P, K, L) -> (P, K)
+    """Some reward that costs nothing: the mean of the token ids modulo 7."""
+    return (response % 7).double().mean(-1)
+
+# --------------------------------------------------------------------------------- the command line
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line. A wrong one ends the program with status 2 and one line."""
+    parser = train.make_parser(__doc__)
+    parser.add_argument("--n", type=int, default=4, help="The N of best-of-N. Default: 4.")
+    parser.add_argument("--seed", type=int, default=0, help="The seed whose reference samples are "
+                        "looked at. Default: 0.")
+    parser.add_argument("--beta", type=float, help="The beta of KL-RL in question 1. Default: the "
+                        "one whose optimum is as far from the reference as best-of-N.")
+    parser.add_argument("--cost", type=int, nargs=4, metavar=("LAYERS", "WIDTH", "HEADS", "VOCAB"),
+                        help="Instead of the questions, time an update of a GPT of this size on "
+                        "the CPU, and print how much memory it takes.")
+    args = parser.parse_args(argv)
+    if args.beta is not None and not 1e-6 <= args.beta <= 1e6:
+        raise UnusableInput(f"--beta {args.beta:g}: want a number from 1e-6 to 1e6")
+    if args.sample is not None:
+        raise UnusableInput("--sample: these questions train nothing that could answer")
+    if args.cost is not None:
+        check_cost(*args.cost)
+    return args
+
+
+def check_cost(layers: int, width: int, heads: int, tokens: int) -> None:
+    """The sizes of a GPT."""
+    if min(layers, width, heads) < 1 or tokens < 2:
+        raise UnusableInput("--cost: want four numbers above 0, and at least 2 tokens")
+    if width % heads != 0:
+        raise UnusableInput(f"--cost: want a width that is a multiple of {heads} heads")
+
+
+if __name__ == "__main__":
+    train.run(main, "studies")

@@ -1,0 +1,453 @@
+"""Tests of the experiments against oracles: enumeration, closed forms, and train.py itself.
+
+    pytest experiments
+"""
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+import vbon
+from experiments import compare, methods, studies, theory
+from model import GPT, UnusableInput
+
+ROOT = Path(__file__).parent.parent
+TIED = torch.tensor([[2.0, -1.0, 2.0, 3.0, -1.0, -1.0], [1.0, 2.0, 3.0, 4.0, 5.0, 60.0]]).double()
+
+torch.set_num_threads(1)                                # tensors are small: more only cost time
+
+# ------------------------------------------------------------------------------ winners among M
+
+def best_of_all_subsets(rewards, n):
+    """How often each response is the best of n different ones; ties share."""
+    chance = torch.zeros(len(rewards)).double()
+    for subset in itertools.combinations(range(len(rewards)), n):
+        best = max(rewards[i] for i in subset)
+        winners = [i for i in subset if rewards[i] == best]
+        for i in winners:
+            chance[i] += 1 / len(winners)
+    return chance / math.comb(len(rewards), n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_winner_weights_are_those_of_all_subsets(n):
+    weights = theory.winner_weights(TIED, n)
+    for i in range(2):
+        expected = best_of_all_subsets(TIED[i].tolist(), n)
+        # responses that tie may differ in how often they share: only their sum is told
+        for reward in TIED[i].unique():
+            tied = TIED[i] == reward
+            assert weights[i][tied].sum().item() == pytest.approx(expected[tied].sum().item())
+        assert torch.allclose(weights[i], expected)
+
+
+def test_winner_weights_are_stable_for_many_responses():
+    rewards = torch.randn(1, 20_000, generator=torch.Generator().manual_seed(0))
+    weights = theory.winner_weights(rewards, 64)
+    assert weights.sum().item() == pytest.approx(1, abs=1e-9)
+    assert weights.max().item() == pytest.approx(64 / 20_000, rel=1e-6)
+
+
+def test_winners_are_distributed_as_the_best_of_fresh_responses():
+    """The mean over many sets of M rewards: 4/5, where drawing with replacement gives .795."""
+    rewards = torch.rand(40_000, 16, generator=torch.Generator().manual_seed(0)).double()
+    mean = (theory.winner_weights(rewards, 4) * rewards).sum(-1).mean().item()
+    assert mean == pytest.approx(0.8, abs=0.003)
+
+
+def test_drawn_winners_follow_their_weights():
+    response = torch.arange(6).view(1, 6, 1)
+    generator = torch.Generator().manual_seed(1)
+    drawn = methods.draw_winners(response, TIED[:1], 2, 40_000, generator)
+    frequency = drawn.flatten().bincount(minlength=6) / 40_000
+    assert torch.allclose(frequency.double(), theory.winner_weights(TIED[:1], 2)[0], atol=0.01)
+
+
+@pytest.mark.parametrize("function", [theory.winner_weights, theory.bon_expected_reward])
+@pytest.mark.parametrize("n", [0, 7, 2.0, True])
+def test_an_n_outside_of_1_to_m_is_refused(function, n):
+    with pytest.raises(ValueError, match="from 1 to M = 6"):
+        function(TIED, n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_expected_reward_of_best_of_n_is_the_mean_over_all_subsets(n):
+    expected = []
+    for row in TIED.tolist():
+        best = [max(subset) for subset in itertools.combinations(row, n)]
+        expected.append(sum(best) / len(best))
+    assert theory.bon_expected_reward(TIED, n).tolist() == pytest.approx(expected)
+
+# -------------------------------------------------------------------------------- what tilts attain
+
+def uniform_rewards(m=4096):
+    """Rewards that are their own CDF, evenly spread."""
+    return ((torch.arange(m) + 0.5) / m).double()[None]
+
+
+def closed_form(t):
+    """Win rate and KL of the tilt of a continuous reward by exp(t·F)."""
+    win = 1 / (1 - math.exp(-t)) - 1 / t
+    kl = t * win - math.log(math.expm1(t) / t)
+    return win, kl
+
+
+@pytest.mark.parametrize("t", [0.5, 3.0, 20.0])
+def test_tilt_by_the_win_rate_is_the_closed_form(t):
+    rewards = uniform_rewards()
+    win, kl = closed_form(t)
+    found = theory.tilt(t * rewards, rewards)
+    assert found["win_rate"] == pytest.approx(win, abs=1e-4)
+    assert found["kl_ref"] == pytest.approx(kl, abs=1e-4)
+
+
+@pytest.mark.parametrize("t", [0.01, 1.234, 7.77, 31.0])
+def test_highest_win_rate_is_the_closed_form(t):
+    win, kl = closed_form(t)
+    assert theory.highest("win_rate", kl, uniform_rewards()) == pytest.approx(win, abs=1e-4)
+
+
+def test_highest_reward_of_a_bell_is_the_closed_form():
+    """Rewards N(0, 1) under the reference: the tilt with KL d²/2 has mean d."""
+    rewards = torch.special.ndtri(uniform_rewards(100_000))
+    assert theory.highest("reward", 0.32, rewards) == pytest.approx(0.8, abs=1e-3)
+
+
+def test_highest_is_unknown_where_few_samples_are_left():
+    rewards = uniform_rewards(512)
+    assert theory.highest("win_rate", 2.5, rewards) is not None
+    assert theory.highest("win_rate", 4.5, rewards) is None
+    assert theory.highest("reward", 100.0, rewards) is None
+
+
+def test_highest_stays_where_the_best_responses_tie():
+    """A quarter of the responses is right: no policy wins more than 7/8, at any KL."""
+    rewards = torch.tensor([[1.0] * 64 + [0.0] * 192])
+    assert theory.highest("win_rate", 5.0, rewards) == pytest.approx(0.875)
+    assert theory.highest("reward", math.log(4), rewards) == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 32])
+def test_best_of_n_attains_what_vbon_says(n):
+    rewards = torch.randn(4, 512, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    found = theory.best_of_n(n, rewards)
+    assert (found["kl_ref"], found["win_rate"]) == pytest.approx(vbon.bon_attains(rewards, n))
+
+
+def test_no_curve_is_above_the_highest():
+    rewards = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
+    for curve in theory.curves(rewards).values():
+        assert len(curve) > 10
+        for point in curve[1::5]:
+            for plane in ("win_rate", "reward"):
+                highest = theory.highest(plane, point["kl_ref"], rewards)
+                # the reward of best-of-n is the unbiased one, not that of a policy on M responses
+                assert highest is None or highest >= point[plane] - 0.02
+
+
+def test_beta_goes_as_far_as_best_of_n():
+    """Rewards N(0, 1): the optimum for β has a KL of 1 / (2 β²)."""
+    rewards = torch.special.ndtri(uniform_rewards(100_000))
+    for n in (2, 4):
+        kl, _ = vbon.bon_theory(n)
+        assert theory.find_beta(rewards, n) == pytest.approx(math.sqrt(0.5 / kl), rel=0.01)
+
+
+def test_a_beta_that_cannot_be_found_is_refused():
+    few = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UnusableInput, match="give --beta"):
+        theory.find_beta(few, 16)
+    with pytest.raises(UnusableInput, match="give --beta"):
+        theory.find_beta(torch.ones(2, 64), 4)
+
+
+@pytest.mark.parametrize("method", ["vbon", "bound", "kl-rl", "bon-sft", "bond"])
+def test_aims_go_as_far_as_best_of_n(method):
+    rewards = torch.randn(16, 4096, generator=torch.Generator().manual_seed(0))
+    beta = theory.find_beta(rewards, 4) if method == "kl-rl" else None
+    assert theory.aim(method, 4, beta, rewards)["kl_ref"] == pytest.approx(0.636, abs=0.01)
+
+# ------------------------------------------------------------------------------- soft best-of-n
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_soft_best_of_n_is_brute_force(n):
+    """Six equally likely responses; all (n-1)-tuples of them are the rivals."""
+    reward = TIED[:1]
+    truth = torch.zeros(6).double()
+    for draws in itertools.product(range(6), repeat=n):
+        draws = torch.tensor(draws)
+        chance = (reward[0, draws] / 0.7).softmax(0)
+        truth.index_add_(0, draws, chance / 6 ** n)
+    rivals = list(itertools.product(reward[0].tolist(), repeat=max(1, n - 1)))
+    rivals = torch.tensor(rivals).double().view(1, -1)
+    ref_logprob = torch.full((1, 6), 1 / 6).log()
+    found = methods.soft_bon_logprob(ref_logprob, reward, rivals, n, 0.7)
+    assert torch.allclose(found[0].exp(), truth, atol=1e-6)
+
+
+def test_soft_best_of_n_draws_by_its_weights():
+    reward = TIED[:1].repeat(20_000, 1)
+    drawn = methods.soft_best_of_n(reward, 0.7, torch.Generator().manual_seed(0))
+    frequency = drawn.bincount(minlength=6) / 20_000
+    assert torch.allclose(frequency.double(), (TIED[0] / 0.7).softmax(0), atol=0.015)
+
+# ------------------------------------------------------------ training, on a world of 40 responses
+
+def tiny_world():
+    """A GPT over 3 letters and end-of-text (id 3), a prompt, all its 40 responses (1, 40, 3)."""
+    model = GPT(4, 4, n_layer=1, n_head=2, n_embd=16, generator=torch.Generator().manual_seed(3))
+    for p in model.parameters():
+        p.data *= 2                                     # away from uniform
+    strings = set()
+    for string in itertools.product(range(4), repeat=3):
+        if 3 in string:
+            string = string[:string.index(3)] + (3,) * (3 - string.index(3))
+        strings.add(string)
+    return model, torch.tensor([[1]]), torch.tensor(sorted(strings))[None]
+
+
+def world_reward(prompt, response):
+    """A reward of these 40 responses, each another one: its place in a shuffled list."""
+    _, _, strings = tiny_world()
+    code = torch.tensor([16, 4, 1])
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(4)).double()
+    table = torch.zeros(64).double()
+    table[(strings[0] * code).sum(-1)] = order
+    return table[(response * code).sum(-1)]
+
+
+def exact_targets(n, beta):
+    """For each method, its target (1, 40) as log-probabilities: no samples, no estimate of F."""
+    reference, prompt, strings = tiny_world()
+    with torch.no_grad():
+        ref_logprob = reference.logprob(prompt, strings).double()
+    reward = world_reward(prompt, strings)
+    lower = reward[0][None, :] < reward[0][:, None]     # (40, 40)
+    log_cdf = (lower * ref_logprob[0].exp()).sum(1).log()[None]
+    log_bon = vbon.bon_logprob(ref_logprob, log_cdf, n)
+    # the worst response has F = 0: its probability is 0, here e^-100
+    bound = (ref_logprob + (n - 1) * log_cdf).log_softmax(-1).clamp(min=-100)
+    kl_rl = (ref_logprob + reward / beta).log_softmax(-1)
+    return {"bound": bound, "kl-rl": kl_rl, "bon-sft": log_bon, "bond": log_bon}
+
+
+@pytest.mark.parametrize("method, lr, steps", [
+    ("bound", 0.008, 200), ("kl-rl", 0.007, 150), ("bon-sft", 0.008, 200), ("bond", 0.005, 300)])
+def test_training_reaches_the_exact_target(method, lr, steps):
+    n = 4
+    beta = 12.0
+    reference, prompt, strings = tiny_world()
+    policy, _, _ = tiny_world()
+    generator = torch.Generator().manual_seed(6)
+    cached, logprob = reference.sample(prompt, 10_000, 3, generator)
+    batch = train.Samples(cached, logprob, world_reward(prompt, cached), 0.0)
+    settings = train.Settings(k=512, steps=steps, length=3)
+    goal = exact_targets(n, beta)[method]
+    optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
+    before = exact_kl(policy, goal, forward=method == "bon-sft")
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        methods.update(method, beta, policy, reference, optimizer, world_reward, prompt, batch, n,
+                       step, settings, generator)
+    after = exact_kl(policy, goal, forward=method == "bon-sft")
+    assert after < 0.02 < 0.1 < before
+
+
+def exact_kl(policy, goal, forward):
+    """KL(π_θ || goal), or KL(goal || π_θ), summed over all responses."""
+    _, prompt, strings = tiny_world()
+    with torch.no_grad():
+        logprob = policy.logprob(prompt, strings).double()
+    if forward:
+        return (goal.exp() * (goal - logprob)).sum().item()
+    return (logprob.exp() * (logprob - goal)).sum().item()
+
+
+def test_parts_of_a_batch_change_nothing():
+    """Gradients of parts add up. With n = M, every winner is the best of all: nothing is drawn."""
+    reference, _, _ = tiny_world()
+    prompt = torch.tensor([[1], [2], [0]])
+    cached, _ = reference.sample(prompt, 8, 3, torch.Generator().manual_seed(0))
+    rewards = torch.arange(24).view(3, 8).double()
+    gradients = []
+    for part in (1, 3):
+        policy, _, _ = tiny_world()
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+        methods.update_bon_sft(policy, optimizer, prompt, cached, rewards, 8, 2,
+                               torch.Generator().manual_seed(0), part)
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-6)
+
+# ----------------------------------------------------------------------------- tables over seeds
+
+def test_spread_is_the_larger_of_two_errors():
+    rows = [{"x": 1.0, "x_se": 0.5}, {"x": 1.2, "x_se": 0.7}]
+    assert compare.mean_and_spread(rows, "x") == pytest.approx((1.1, 0.6))
+    rows = [{"x": 1.0, "x_se": 0.5}, {"x": 5.0, "x_se": 0.7}]
+    assert compare.mean_and_spread(rows, "x") == pytest.approx((3.0, math.sqrt(8)))
+
+
+def test_one_unknown_value_leaves_the_mean_unknown():
+    assert compare.mean_and_spread([{"x": 1.0}, {"x": None}], "x") is None
+
+
+def test_a_perfect_policy_leaves_nothing_to_training():
+    rewards = uniform_rewards().repeat(2, 1)            # two prompts
+    row = theory.best_of_n(4, rewards) | {"method": "vbon", "n": 4, "beta": None,
+                                          "win_rate_se": 0.0}
+    found = compare.distances(row, rewards[:, :8], rewards)
+    assert found["left_win_rate"] == found["left_reward"] == 0
+    assert found["aim_win_rate"] == pytest.approx(0.8, abs=1e-3)
+    # best of 4 wins .800, the highest at its KL is .804
+    assert found["aim_below_win_rate"] == pytest.approx(0.004, abs=1e-3)
+
+
+def test_error_of_a_distance_leaves_out_how_prompts_differ():
+    """The reward of every response to the second prompt is higher by 100."""
+    held = uniform_rewards().repeat(2, 1) + torch.tensor([[0.0], [100.0]])
+    reward = held[:, -8:]
+    error = compare.error_of_distance({"kl_ref": 0.5}, reward, held)
+    assert train.mean_and_error(reward)[1] == pytest.approx(50)
+    assert error < 1e-6
+
+
+def test_seeds_are_grouped_unless_their_beta_was_given():
+    rows = [{"n": 2, "method": "kl-rl", "beta": beta, "seed": seed}
+            for seed, beta in enumerate([1.0, 1.1])]
+    assert [len(group) for group in compare.over_seeds(rows, False).values()] == [2]
+    assert [len(group) for group in compare.over_seeds(rows, True).values()] == [1, 1]
+
+# ---------------------------------------------------------------------------- whole, tiny runs
+
+ARGUMENTS = "--quick --n 2 --out"
+
+
+def read_lines(folder):
+    """The lines of results.jsonl without what they took."""
+    rows = []
+    for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        del row["seconds"]
+        rows.append(row)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A folder in which train.py has run, and its lines."""
+    folder = tmp_path_factory.mktemp("first")
+    train.main([*ARGUMENTS.split(), str(folder)])
+    return folder, read_lines(folder)
+
+
+@pytest.fixture(scope="module")
+def compared(first):
+    """The same folder after a comparison with two seeds and all methods, and its lines."""
+    folder, _ = first
+    compare.main([*ARGUMENTS.split(), str(folder), "--seed", "0", "1"])
+    return folder, read_lines(folder)
+
+
+def test_comparison_writes_the_lines_of_train(first, compared):
+    _, before = first
+    _, after = compared
+    assert [row["method"] for row in before] == ["ref", "bon", "vbon"]
+    assert after[:3] == before
+
+
+def test_train_writes_the_lines_of_a_comparison(first, tmp_path):
+    """The other order, the comparison as a program of its own: status 0."""
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.compare", *ARGUMENTS.split(), str(tmp_path),
+         "--method", "vbon"], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0
+    lines = read_lines(tmp_path)
+    train.main([*ARGUMENTS.split(), str(tmp_path)])
+    assert read_lines(tmp_path) == lines == first[1]
+
+
+def test_comparison_has_a_finite_line_for_each_method_and_seed(compared):
+    folder, rows = compared
+    found = [(row["seed"], row["method"]) for row in rows]
+    wanted = ["ref", "bon", "vbon", "soft-bon", *methods.METHODS]
+    assert sorted(found) == sorted((seed, method) for seed in (0, 1) for method in wanted)
+    for row in rows:
+        for name in set(train.MEASURED) - {"seconds"}:
+            assert math.isfinite(row[name])
+        assert (row["beta"] is None) == (row["method"] not in ("kl-rl", "soft-bon"))
+    assert (folder / "pareto.png").stat().st_size > 10_000
+    assert "BoN-SFT" in (folder / "samples.txt").read_text(encoding="utf-8")
+
+
+def test_a_given_beta_is_trained_once_for_all_n(compared, capsys):
+    folder, before = compared
+    compare.main(["--quick", "--out", str(folder), "--n", "2", "3", "--method", "kl-rl",
+                  "--beta", "0.25"])
+    rows = [row for row in read_lines(folder) if row["beta"] == 0.25]
+    assert [(row["method"], row["n"]) for row in rows] == [
+        ("soft-bon", 2), ("kl-rl", 2), ("soft-bon", 3), ("kl-rl", 3)]
+    assert rows[1]["reward"] == rows[3]["reward"]
+    assert len(list((folder / "cache").glob("policy-kl-rl-beta0.25-*.pt"))) == 1
+
+
+def test_own_words_are_answered_by_all_methods(compared, capsys):
+    folder, _ = compared
+    compare.main([*ARGUMENTS.split(), str(folder), "--sample", "i watched this"])
+    answers = capsys.readouterr().out
+    for name in ("reference", "best of 2", "vBoN", "vBoN bound", "KL-RL", "BoN-SFT"):
+        assert answers.count(f"  {name:<12}") == 3
+
+
+def test_studies_say_that_only_ranks_matter_to_vbon(compared, capsys):
+    folder, _ = compared
+    studies.main([*ARGUMENTS.split(), str(folder)])
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if "largest change of a log target" in line)
+    changes = [line[31:].split()[:2] for line in lines[start + 1:start + 5]]
+    assert [vbon_change for vbon_change, _ in changes] == ["0"] * 4
+    assert all(float(kl_rl_change) > 0 for _, kl_rl_change in changes[1:])
+    # the run of train.py with M = 16 is shown
+    assert any(line.split()[:1] == ["16"] and "±" in line for line in lines)
+    assert (folder / "m.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("m", [16, 256])
+def test_errors_of_the_cdf_are_within_their_bound(m):
+    found = studies.error_of_cdf(m, 2000)
+    assert 0.9 * found["dkw"] < found["sup_95"] <= found["dkw"]
+    assert found["rmse_log"] == pytest.approx({16: 0.49, 256: 0.16}[m], abs=0.02)
+
+
+def test_cost_counts_the_weights_of_all_linear_maps():
+    found = studies.cost(1, 8, 2, 50, updates=1)
+    # each block has 12 · 8² weights, and small ones; the head 50 · 8
+    assert 12 * 64 + 400 < found["weights"] < 12 * 64 + 400 + 200
+    assert found["seconds"] > 0 and found["memory"] > 1e7
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("--n 17 --quick --method bond", "bond wants at most 16"),
+    ("--n 0", "want at least 1"),
+    ("--beta 1 --method vbon", "only kl-rl has a beta"),
+    ("--beta 0", "want a number from"),
+    ("--method ppo", "invalid choice"),
+])
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(UnusableInput, match=message):
+        compare.main(arguments.split())
+
+
+def test_help_does_not_wait_for_matplotlib():
+    code = ("import sys; from experiments import compare, studies\n"
+            "try: compare.main(['--help'])\n"
+            "except SystemExit: sys.exit('matplotlib' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0
+    assert b"--method" in done.stdout

@@ -1,0 +1,32 @@
+"""How the tests run the main job, and what they read of its results."""
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import train
+
+HERE = Path(train.__file__).parent
+
+
+def run(*args, cwd):
+    """`python train.py ARGS` inside this process: status, standard output, standard error."""
+    out = io.StringIO()
+    error = io.StringIO()
+    status = 0
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            train.run(lambda: train.main([str(arg) for arg in args]), "train.py")
+        except SystemExit as stop:
+            status = stop.code
+    return status, out.getvalue(), error.getvalue()
+
+
+def read_rows(out):
+    """The lines of results.jsonl, without `seconds`, the only timing."""
+    rows = []
+    for line in Path(out, "results.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        del row["seconds"]
+        rows.append(row)
+    return rows

@@ -1,0 +1,305 @@
+"""The tokenizer, the classifier, the built-in reviews, and reviews in folders."""
+import json
+
+import pytest
+import tiktoken._educational
+import torch
+
+import reward
+from model import UnusableInput
+from reward import (PATTERN, Classifier, builtin_reviews, decode, encode, load_reviews,
+                    pretrained_encoding, train_classifier, train_tokenizer)
+
+ODD = ["", " ", "a film", "naïve café", "日本語の映画", "🎬🍿", "tabs\t\n\n  and\r\n",
+       "'s don't 12_3__ !?", "\x00\u2028é", "<|endoftext|>"]
+
+
+def texts_of(count):
+    return [text for text, _ in builtin_reviews(count, 0)]
+
+# ---------------------------------------------------------------------------------------- tokenizer
+
+@pytest.mark.parametrize("text", ODD + texts_of(3))
+def test_every_string_comes_back_from_its_tokens(text):
+    encoding = train_tokenizer(texts_of(300), 400)
+    ids = encoding.encode_ordinary(text)
+    assert encoding.decode(ids) == text
+    assert encoding.eot_token not in ids
+
+
+def test_the_end_is_the_last_of_as_many_tokens_as_asked_for():
+    encoding = train_tokenizer(texts_of(300), 400)
+    assert encoding.n_vocab == 400
+    assert encoding.eot_token == 399
+
+
+def test_merges_are_those_of_another_program():
+    text = "\n".join(texts_of(300))
+    theirs = tiktoken._educational.bpe_train(text, 290, PATTERN, visualise=None)
+    ours = train_tokenizer([text], 291)                 # after that, two pairs tie
+    assert [ours.decode_single_token_bytes(i) for i in range(290)] == list(theirs)
+
+
+def test_a_text_that_runs_out_of_pairs_gives_fewer_tokens():
+    assert train_tokenizer(["ab"], 1000).n_vocab == 258         # the bytes, one pair, the end
+    assert train_tokenizer([], 1000).n_vocab == 257
+
+
+def test_encode_cuts_and_fills_up():
+    encoding = train_tokenizer(["ab"], 300)             # "ab" is 256, the end is 257
+    rows = encode(encoding, ["", "ab", "ababab"], 2)
+    assert rows.tolist() == [[257, 257], [256, 257], [256, 256]]
+
+
+def test_decode_leaves_out_the_end():
+    encoding = train_tokenizer(["ab"], 300)
+    assert decode(encoding, [256, 99, 257, 257]) == "abc"
+
+# ---- GPT-2's vocabulary files
+
+def byte_letters():
+    """How GPT-2's files write bytes, in the order of their ids: printable ones come first."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in printable]
+    letters = {b: chr(b) for b in printable}
+    for i, b in enumerate(others):
+        letters[b] = chr(256 + i)
+    return letters
+
+
+def write_vocabulary(folder, word, header="#version: 0.2\n", end="\n"):
+    """A vocabulary of bytes, one merge, and the end."""
+    letters = byte_letters()
+    left, right = (letters[b] for b in word.encode("utf-8"))
+    ids = {letter: i for i, letter in enumerate(letters.values())}
+    ids |= {left + right: 256, "<|endoftext|>": 257}
+    (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
+    (folder / "merges.txt").write_text(f"{header}{left} {right}{end}", encoding="utf-8")
+    return ids
+
+
+@pytest.mark.parametrize("header", ["#version: 0.2\n", ""])
+@pytest.mark.parametrize("end", ["\n", ""])
+@pytest.mark.parametrize("word", ["ab", " c"])
+def test_a_folder_has_its_own_vocabulary(tmp_path, word, header, end):
+    write_vocabulary(tmp_path, word, header, end)
+    encoding = pretrained_encoding(tmp_path)
+    assert encoding.n_vocab == 258
+    assert encoding.eot_token == 257
+    assert encoding.encode_ordinary(word) == [256]
+    assert len(encoding.encode_ordinary("xy")) == 2
+    for text in ODD:
+        assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+def test_ids_of_bytes_are_those_of_the_file(tmp_path):
+    ids = write_vocabulary(tmp_path, "ab")
+    encoding = pretrained_encoding(tmp_path)
+    assert encoding.encode_ordinary("x") == [ids["x"]]
+
+
+@pytest.mark.parametrize("changes", [
+    {"ab": 255}, {"ab": 256.5}, {"<|endoftext|>": 256}, {"more": 258}, {"a": 300}, {"a": "x"},
+    {"a": 66}, {"a": -1}, {"a": None}])
+def test_wrong_ids_are_refused(tmp_path, changes):
+    ids = write_vocabulary(tmp_path, "ab") | changes
+    (tmp_path / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
+    with pytest.raises(UnusableInput, match="vocab.json"):
+        pretrained_encoding(tmp_path)
+
+
+@pytest.mark.parametrize("merges", ["x y\n", "a b\nx y\n", "", "a\n", "a b c\n"])
+def test_merges_that_do_not_fit_the_vocabulary_are_refused(tmp_path, merges):
+    write_vocabulary(tmp_path, "ab")
+    (tmp_path / "merges.txt").write_text(merges, encoding="utf-8")
+    with pytest.raises(UnusableInput, match="vocab.json|merges.txt"):
+        pretrained_encoding(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])
+def test_a_file_of_the_vocabulary_that_is_not_there_is_named(tmp_path, file):
+    write_vocabulary(tmp_path, "ab")
+    (tmp_path / file).unlink()
+    with pytest.raises(UnusableInput, match=file):
+        pretrained_encoding(tmp_path)
+
+# ----------------------------------------------------------------------------------- the classifier
+
+@pytest.fixture(scope="module")
+def learned():
+    """An encoder and a classifier of 2,500 reviews; 500 others."""
+    reviews = builtin_reviews(3000, 0)
+    encoding = train_tokenizer([text for text, _ in reviews[:500]], 512)
+    tokens = encode(encoding, [text for text, _ in reviews], 40)
+    labels = torch.tensor([label for _, label in reviews])
+    generator = torch.Generator().manual_seed(0)
+    model = train_classifier(tokens[500:], labels[500:], 512, 4, generator)
+    return encoding, model, tokens[:500], labels[:500]
+
+
+@torch.no_grad()
+def test_the_classifier_is_mostly_right(learned):
+    _, model, tokens, labels = learned
+    is_right = (model(tokens) > 0) == (labels == 1)
+    assert is_right.double().mean() > 0.8
+
+
+@torch.no_grad()
+def test_praise_has_a_higher_reward_than_complaint(learned):
+    encoding, model, _, _ = learned
+    good, bad = encode(encoding, ["i loved it . superb .", "i hated it . awful ."], 40)
+    assert model(good[None]).item() > 0.5
+    assert model(bad[None]).item() < -0.5
+
+
+@torch.no_grad()
+def test_the_classifier_ignores_what_follows_the_end(learned):
+    _, model, tokens, _ = learned
+    end = torch.full((500, 1), 511)
+    once = torch.cat([tokens[:, :9], end], 1)
+    more = torch.cat([once, tokens[:, 9:15]], 1)
+    assert torch.allclose(model(once), model(more), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_reward_is_the_logit_of_prompt_and_response(learned):
+    _, model, tokens, _ = learned
+    prompt = tokens[:3, :4]
+    response = torch.stack([tokens[:3, 4:20], tokens[5:8, 4:20]], 1)        # (3, 2, 16)
+    found = model.reward(prompt, response)
+    assert found.shape == (3, 2)
+    for i in range(3):
+        for j in range(2):
+            text = torch.cat([prompt[i], response[i, j]])[None]
+            assert found[i, j].item() == pytest.approx(model(text).item(), abs=1e-5)
+
+
+@torch.no_grad()
+def test_the_logit_by_hand():
+    """Weights 1, 2, 3, .. of ids 0, 1, 2, ..; the end counts, since it belongs to the text."""
+    model = Classifier(5)
+    model.weight.weight.copy_(torch.arange(1.0, 6)[:, None])
+    model.bias.fill_(0.5)
+    logit = model(torch.tensor([[0, 2, 4, 4], [1, 1, 1, 1]]))
+    assert logit.tolist() == pytest.approx([9 / 3 ** 0.5 + 0.5, 8 / 2 + 0.5])
+
+
+def test_a_new_classifier_knows_nothing():
+    assert Classifier(512)(torch.zeros(3, 4).long()).tolist() == [0, 0, 0]
+
+# --------------------------------------------------------------------------------- built-in reviews
+
+def test_a_seed_always_gives_the_same_reviews():
+    assert builtin_reviews(50, 1) == builtin_reviews(50, 1)
+    assert builtin_reviews(50, 1) != builtin_reviews(50, 2)
+    assert builtin_reviews(50, 1) == builtin_reviews(60, 1)[:50]
+
+
+def test_built_in_reviews_are_different_and_balanced():
+    reviews = builtin_reviews(4000, 1)
+    assert len({text for text, _ in reviews}) > 3900
+    assert 0.45 < sum(label for _, label in reviews) / 4000 < 0.55
+
+
+def test_labels_of_built_in_reviews_are_the_right_way_round():
+    reviews = builtin_reviews(4000, 1)
+    praised = [label for text, label in reviews if "superb" in text and "awful" not in text]
+    blamed = [label for text, label in reviews if "awful" in text and "superb" not in text]
+    assert sum(praised) / len(praised) > 0.75
+    assert sum(blamed) / len(blamed) < 0.25
+
+# ------------------------------------------------------------------------------ reviews in a folder
+
+PRAISE = [f"good film number {i}" for i in range(120)]
+BLAME = [f"bad film number {i}" for i in range(110)]
+
+
+def write_lines(folder, positive, negative):
+    """One review a line."""
+    folder.mkdir(exist_ok=True)
+    (folder / "pos.txt").write_text("\n".join(positive) + "\n", encoding="utf-8")
+    (folder / "neg.txt").write_text("\n".join(negative) + "\n", encoding="utf-8")
+    return folder
+
+
+def write_files(folder, positive, negative):
+    """One review a file."""
+    for name, texts in (("pos", positive), ("neg", negative)):
+        (folder / name).mkdir(parents=True)
+        for i, text in enumerate(texts):
+            (folder / name / f"{i}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("write", [write_lines, write_files])
+def test_labels_are_the_right_way_round_in_both_layouts(tmp_path, write):
+    reviews = load_reviews(write(tmp_path / "data", PRAISE, BLAME))
+    assert sorted(reviews) == sorted([(text, 1) for text in PRAISE] + [(text, 0) for text in BLAME])
+
+
+def test_hidden_files_are_ignored(tmp_path):
+    folder = write_files(tmp_path / "data", PRAISE, BLAME)
+    (folder / "pos" / "._0.txt").write_bytes(b"\xff\xfe not a review")
+    assert len(load_reviews(folder)) == 230
+
+
+def test_repeated_reviews_and_empty_lines_are_removed(tmp_path):
+    again = [text.upper() for text in PRAISE[:5]] + ["", "   "] + [f"  {PRAISE[7]} "]
+    assert len(load_reviews(write_lines(tmp_path, PRAISE + again, BLAME))) == 230
+
+
+def test_a_text_with_both_labels_is_dropped(tmp_path, capsys):
+    reviews = load_reviews(write_lines(tmp_path, PRAISE + ["So So"], BLAME + ["so so"]))
+    assert len(reviews) == 230
+    assert "1 texts have both labels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mark", ["<br>", "<br />", "<br/>", "<BR>", "< br >", "</br>"])
+def test_html_line_breaks_become_spaces(tmp_path, mark):
+    reviews = load_reviews(write_lines(tmp_path, PRAISE + [f"one{mark}{mark}two"], BLAME))
+    assert ("one two", 1) in reviews
+
+
+def test_the_mark_of_some_editors_is_not_part_of_the_first_review(tmp_path):
+    write_lines(tmp_path, PRAISE, BLAME)
+    content = (tmp_path / "pos.txt").read_bytes()
+    (tmp_path / "pos.txt").write_bytes(b"\xef\xbb\xbf" + content)
+    assert (PRAISE[0], 1) in load_reviews(tmp_path)
+
+
+def test_lines_may_end_as_on_windows(tmp_path):
+    write_lines(tmp_path, PRAISE, BLAME)
+    (tmp_path / "pos.txt").write_bytes("\r\n".join(PRAISE).encode("utf-8"))
+    assert (PRAISE[0], 1) in load_reviews(tmp_path)
+
+
+def test_a_long_review_is_cut(tmp_path):
+    reviews = load_reviews(write_lines(tmp_path, PRAISE + ["long " * 1000], BLAME))
+    assert max(len(text) for text, _ in reviews) == reward.LONGEST
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UnusableInput, match="no such folder"):
+        load_reviews(tmp_path / "nowhere")
+
+
+def test_a_label_that_is_not_there_is_refused(tmp_path):
+    write_lines(tmp_path, PRAISE, BLAME)
+    (tmp_path / "neg.txt").unlink()
+    with pytest.raises(UnusableInput, match="want neg.txt"):
+        load_reviews(tmp_path)
+
+
+def test_too_few_reviews_are_refused(tmp_path):
+    write_lines(tmp_path, PRAISE, BLAME[:99])
+    with pytest.raises(UnusableInput, match="99 different neg reviews, want at least 100"):
+        load_reviews(tmp_path)
+    write_lines(tmp_path, PRAISE, BLAME[:100])
+    assert len(load_reviews(tmp_path)) == 220
+
+
+def test_text_that_is_not_utf_8_is_refused_with_its_place(tmp_path):
+    write_lines(tmp_path, PRAISE, BLAME)
+    (tmp_path / "neg.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(UnusableInput, match=r"neg.txt: not UTF-8 text \(byte 3\)"):
+        load_reviews(tmp_path)
