@@ -576,10 +576,15 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 def test_the_toy_runs_with_torch_alone_and_reaches_best_of_n():
     done = subprocess.run([sys.executable, "-c", TOY, vbon.__file__], capture_output=True,
                           text=True, check=True)
-    kls = [float(line.split()[-1]) for line in done.stdout.splitlines() if "step" in line]
-    assert len(kls) == 6
-    assert kls[0] > 1
-    assert kls[-1] < 0.01
+    kl = {}
+    for line in done.stdout.splitlines():
+        if line.startswith("  step"):
+            _, step, value = line.split()
+            kl[int(step)] = float(value)
+    assert list(kl) == [0, 25, 50, 100, 200, 399]
+    # at first the policy is the reference: the sum of p · log(p / π_bon) by the printed table
+    assert kl[0] == pytest.approx(1.2007, abs=1e-4)
+    assert 0 <= kl[399] < 0.01
 
 
 def quick_run(folder):

@@ -555,7 +555,7 @@ def draw_picture(path: Path, rows: list[dict], draws: Samples, held: Samples, po
 
     # best-of-n for every n, from the reference samples alone
     curve = [vbon.bon_attains(held.reward, i) for i in range(1, 3 * n + 1)]
-    right.plot([kl for kl, _ in curve], [win for _, win in curve], color="tab:blue", lw=1,
+    right.plot([kl for kl, _ in curve], [win for _, win in curve], ".-", color="tab:blue", lw=1,
                label="best of 1, 2, 3, ..., in theory")
     right.plot([step["kl_ref"] for step in history], [step["win_rate"] for step in history],
                color="tab:red", lw=1, alpha=0.5, label="vBoN, step by step")
@@ -563,7 +563,7 @@ def draw_picture(path: Path, rows: list[dict], draws: Samples, held: Samples, po
                label="vBoN, trained")
     right.plot(*curve[n - 1], "o", color="tab:blue", ms=10, mfc="none", mew=2, label=f"best of {n}")
     right.set(xlabel="KL to the reference, nats per answer", ylabel="win rate over the reference",
-              title="Training moves the policy along best-of-n",
+              title="In training, the policy moves along best-of-n",
               xlim=(-0.03, 1.7 * curve[n - 1][0] + 0.1))
     right.legend(frameon=False, loc="lower right")
     for axes in (left, right):
@@ -577,19 +577,20 @@ def draw_picture(path: Path, rows: list[dict], draws: Samples, held: Samples, po
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line. A wrong one ends the program with status 2 and one line."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--n", type=int, default=4, help="The N of best-of-N. A larger N means "
-                        "more reward, further away from the reference. Above 8, training takes "
-                        "three times the steps. Default: 4.")
-    parser.add_argument("--seed", type=int, default=0, help="Another seed repeats everything with "
-                        "other random numbers. Default: 0.")
-    return parser.parse_args(argv)
+    return make_parser(__doc__).parse_args(argv)
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """The flags that train.py and the experiments share."""
+def make_parser(description: str, several: bool = False) -> argparse.ArgumentParser:
+    """The flags that train.py and the experiments share; `several` N and seeds, or one of each."""
     parser = Parser(description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    nargs = "+" if several else None
+    parser.add_argument("--n", type=int, nargs=nargs, default=[4] if several else 4,
+                        help="The N of best-of-N. A larger N means more reward, further away from "
+                        "the reference. Above 8, training takes three times the steps. Default: 4.")
+    parser.add_argument("--seed", type=int, nargs=nargs, default=[0] if several else 0,
+                        help="Another seed repeats everything, the text too, with other random "
+                        "numbers. Default: 0.")
     parser.add_argument("--steps", type=int, help="The number of updates in fine-tuning. With more "
                         "of them the policy comes closer to best-of-N. Default: 90 for the "
                         "built-in text, 600 with --data, 250 with --init.")

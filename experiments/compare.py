@@ -447,11 +447,7 @@ def draw_picture(path: Path, rows: list[dict], ns: list[int], beta_given: bool, 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line. A wrong one ends the program with status 2 and one line."""
-    parser = train.make_parser(__doc__)
-    parser.add_argument("--n", type=int, nargs="+", default=[4], help="One N of best-of-N, or "
-                        "several. Above 8, training takes three times the steps. Default: 4.")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="One seed or several. "
-                        "Each repeats everything, text and reference too. Default: 0.")
+    parser = train.make_parser(__doc__, several=True)
     parser.add_argument("--method", nargs="+", choices=TRAINED, default=list(TRAINED),
                         metavar="METHOD", help=f"What to train: {', '.join(TRAINED)}. "
                         "Default: all of them.")

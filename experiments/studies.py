@@ -267,9 +267,6 @@ def any_reward(prompt: Tensor, response: Tensor) -> Tensor:  # (P, T), (P, K, L)
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line. A wrong one ends the program with status 2 and one line."""
     parser = train.make_parser(__doc__)
-    parser.add_argument("--n", type=int, default=4, help="The N of best-of-N. Default: 4.")
-    parser.add_argument("--seed", type=int, default=0, help="The seed whose reference samples are "
-                        "looked at. Default: 0.")
     parser.add_argument("--beta", type=float, help="The beta of KL-RL in question 1. Default: the "
                         "one whose optimum is as far from the reference as best-of-N.")
     parser.add_argument("--cost", type=int, nargs=4, metavar=("LAYERS", "WIDTH", "HEADS", "VOCAB"),

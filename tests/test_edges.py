@@ -1,4 +1,4 @@
-"""The edges of vbon.py: rewards of any kind, differences of a hair, arguments that make no sense."""
+"""The edges of vbon.py: rewards of any kind, tiny differences, arguments that make no sense."""
 import math
 
 import pytest

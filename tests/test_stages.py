@@ -60,8 +60,8 @@ EDITS = {
                 "    return _count(-reward, -ref_rewards)\n", POLICY),
     "train.py": ("_tune = fine_tune\n"
                  "def fine_tune(*given):\n"
-                 "    checkpoint, reference, reward_fn, prompts, ref_rewards, n, *rest = given\n"
-                 "    return _tune(checkpoint, reference, reward_fn, prompts, -ref_rewards, n, *rest)\n",
+                 "    path, reference, reward_fn, prompts, ref_rewards, *rest = given\n"
+                 "    return _tune(path, reference, reward_fn, prompts, -ref_rewards, *rest)\n",
                  POLICY),
     "reward.py": ("_forward = Classifier.forward\n"
                   "Classifier.forward = lambda self, tokens: 3 * _forward(self, tokens)\n",
