@@ -576,15 +576,17 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 def test_the_toy_runs_with_torch_alone_and_reaches_best_of_n():
     done = subprocess.run([sys.executable, "-c", TOY, vbon.__file__], capture_output=True,
                           text=True, check=True)
-    kl = {}
-    for line in done.stdout.splitlines():
-        if line.startswith("  step"):
-            _, step, value = line.split()
-            kl[int(step)] = float(value)
-    assert list(kl) == [0, 25, 50, 100, 200, 399]
-    # at first the policy is the reference: the sum of p · log(p / π_bon) by the printed table
-    assert kl[0] == pytest.approx(1.2007, abs=1e-4)
-    assert 0 <= kl[399] < 0.01
+    lines = done.stdout.splitlines()
+    table = [line.split() for line in lines if line.count(".") == 7]
+    assert len(table) == 6
+    for reward, ref, cdf, best_of_n, exact, bound, policy in table:
+        assert best_of_n == exact
+        assert float(bound) <= float(exact)
+        assert float(policy) == pytest.approx(float(exact), abs=0.01)
+    kls = [float(line.split()[-1]) for line in lines if line.startswith("  step")]
+    assert kls[0] == pytest.approx(1.2007, abs=1e-4)
+    assert len(kls) == 6
+    assert 0 <= kls[-1] < 0.01
 
 
 def quick_run(folder):
