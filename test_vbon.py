@@ -21,6 +21,8 @@ import torch
 import vbon
 from model import GPT, response_mask, token_kl
 
+torch.set_num_threads(1)            # the tensors here are tiny: threads only wait for each other
+
 # Six responses: their probabilities, rewards that are all different, and rewards that tie.
 PROB = torch.tensor([0.1, 0.3, 0.2, 0.15, 0.05, 0.2], dtype=torch.float64)
 DISTINCT = torch.tensor([2.0, -1.0, 0.5, 3.0, 1.0, -4.0], dtype=torch.float64)

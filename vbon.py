@@ -206,13 +206,13 @@ def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (
 # --------------------------------------------------------------------------------- 4. the algorithm
 
 def grow(n: int, step: int, steps: int) -> int:
-    """The N to aim for at this step: it grows from 1 to n over the first 40 % of the steps.
+    """The N to aim for at this step: it grows from 2 to n over the first 40 % of the steps.
 
-    An untrained policy has many poor responses. A large N at once would score them by a huge
-    (N-1) · log F, and a few of them would decide the gradient.
+    At first the policy is the reference, and has many poor responses. A large N would score them
+    by a huge (N-1) · log F, and a few of them would decide the gradient.
     """
-    share = min(1.0, (step + 1) / (0.4 * steps))
-    return round(n ** share)
+    progress = min(1.0, (step + 1) / (0.4 * steps))
+    return math.ceil(n ** progress)
 
 
 def update(policy, reference, optimizer: torch.optim.Optimizer, reward_fn, prompt: Tensor,
