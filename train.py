@@ -10,7 +10,9 @@ What they find goes to --out. A run that was stopped goes on when the same comma
 import argparse
 import copy
 import dataclasses
+import functools
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -55,7 +57,7 @@ class Settings:
     prompts: int = 512              # prompts to train on
     m: int = 64                     # M, reference samples to each of them
     held_prompts: int = 64          # other prompts, to evaluate on
-    m_eval: int = 512               # M there: what is left of the error of F is small
+    m_eval: int = 512               # M in the evaluation: large, so that F has a small error
     # fine-tuning
     steps: int = 90                 # updates of the policy
     batch: int = 64                 # prompts in one of them
@@ -63,7 +65,7 @@ class Settings:
     rank: int = 4                   # of the adapters
     lr: float = 5e-3
     # evaluation
-    samples: int = 64               # responses of the policy to each held-out prompt
+    k_eval: int = 64                # K in the evaluation
 
 
 def choose_settings(args: argparse.Namespace, n: int, data: list | None, given: "Given | None"
@@ -85,22 +87,32 @@ def choose_settings(args: argparse.Namespace, n: int, data: list | None, given: 
         )
     if given is not None:
         # GPT-2 knows English already, and one update of it takes minutes on two cores
+        size = given.model.config
         s = dataclasses.replace(
             s,
+            vocab=size["vocab_size"],
+            layers=size["n_layer"],
+            heads=size["n_head"],
+            width=size["n_embd"],
             lm_steps=min(150, s.reviews // 50),         # about once through the reviews
             lm_lr=5e-5,
             prompts=256,
             m=64,
             held_prompts=32,
             steps=250,
-            length=min(s.length, given.model.config["block_size"] - s.prompt_tokens),
+            length=min(s.length, size["block_size"] - s.prompt_tokens),
         )
     if args.quick:
         s = dataclasses.replace(
-            s, reviews=600, vocab=400, width=32, lm_steps=10, epochs=1, prompts=8, m=16,
-            held_prompts=8, m_eval=64, steps=3, batch=4, k=4, samples=8)
+            s, lm_steps=10, epochs=1, prompts=8, m=16, held_prompts=8, m_eval=64, steps=3, batch=4,
+            k=4, k_eval=8)
+        if given is None:
+            s = dataclasses.replace(s, vocab=400, width=32)
+        if data is None:
+            s = dataclasses.replace(s, reviews=600)
     if n > 8:
-        # far from the reference, what is poor is rare: it takes more samples to unlearn it
+        # A policy far from the reference seldom samples a poor response. So it takes more steps
+        # until it has unlearned them all.
         s = dataclasses.replace(s, steps=3 * s.steps)
     if args.steps is not None:
         s = dataclasses.replace(s, steps=args.steps)
@@ -118,13 +130,14 @@ def main(argv: list[str] | None = None) -> None:
     n = args.n
     seed = args.seed
     out = Path(args.out)
+    check_arguments(args, n)
+    read_results(out)                                   # if they are damaged, say so now
     device = start_processes(args.device)
     data = load_reviews(args.data) if args.data else None
     given = load_given(args.init)
     settings = choose_settings(args, n, data, given)
-    check_arguments(args, n, settings)
-    read_results(out)                                   # if they are damaged, say so now
-    say = print if args.sample is None else silent      # answers come first
+    check_settings(settings, n)
+    say = print if args.sample is None else silent      # --sample shows answers, and little else
 
     # ---- text: reviews, their tokens, and a language model of them, the reference π_ref
     text = make_text(data, given, settings, seed)
@@ -174,9 +187,9 @@ class Text(NamedTuple):
     encoding: tiktoken.Encoding
     tokens: Tensor                  # (R, T) reviews, cut or padded with end-of-text
     labels: Tensor                  # (R,) 1 positive, 0 negative
-    unseen: int                     # so many reviews, the first ones, no model is trained on
+    n_unseen: int                   # the first n_unseen reviews are kept out of training
     prompts: Tensor                 # (P, T0) to train on
-    held_prompts: Tensor            # (P', T0) to evaluate on; none of them is among the others
+    held_prompts: Tensor            # (P', T0) to evaluate on; vBoN is not trained on any of them
 
 
 class Reward(NamedTuple):
@@ -213,13 +226,8 @@ def make_text(data: list | None, given: "Given | None", settings: Settings, seed
     if held < 2:
         raise UnusableInput(f"want at least 8 different beginnings of reviews, got {len(starts)}")
     last = held + settings.prompts
-    unseen = max(16, len(reviews) // 20)
-    return Text(encoding, tokens, labels, unseen, starts[held:last], starts[:held])
-
-
-# Raise this by one after a change of `train_reference` or `draw_samples`, so that nothing old is
-# used. Other changes are noticed without it.
-VERSION = 1
+    n_unseen = max(16, len(reviews) // 20)
+    return Text(encoding, tokens, labels, n_unseen, starts[held:last], starts[:held])
 
 
 def get_reference(out: Path, text: Text, given: "Given | None", settings: Settings, seed: int,
@@ -228,9 +236,10 @@ def get_reference(out: Path, text: Text, given: "Given | None", settings: Settin
     shape = dict(vocab_size=text.encoding.n_vocab, block_size=text.tokens.shape[1],
                  n_layer=settings.layers, n_head=settings.heads, n_embd=settings.width)
     start = given and weights(given.model)
-    path = stage_path(out, f"reference-model-seed{seed}", VERSION, source("model.py"),
-                      text.tokens, text.unseen, shape, start, settings.lm_steps, settings.lm_batch,
-                      settings.lm_lr, device.type, seed)
+    code = [source("model.py"), inspect.getsource(train_reference)]
+    path = stage_path(out, f"reference-model-seed{seed}", code, text.tokens, text.n_unseen, shape,
+                      start, settings.lm_steps, settings.lm_batch, settings.lm_lr, device.type,
+                      seed)
     saved = stored(path, train_reference, text, given, shape, settings, seed, device)
     return load_model(saved, device), math.exp(saved["nats"])
 
@@ -245,7 +254,7 @@ def train_reference(text: Text, given: "Given | None", shape: dict, settings: Se
     model = model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lm_lr, betas=(0.9, 0.95),
                                   weight_decay=0.01, fused=True)
-    seen = text.tokens[text.unseen:]
+    seen = text.tokens[text.n_unseen:]
     order = random_numbers("cpu", "reviews", seed)
     began = time.time()
     for step in range(settings.lm_steps):
@@ -260,9 +269,10 @@ def train_reference(text: Text, given: "Given | None", shape: dict, settings: Se
         optimizer.step()
         show_progress("reference model", step + 1, settings.lm_steps, began)
     with torch.no_grad():
-        parts = text.tokens[:text.unseen].split(64)
+        parts = text.tokens[:text.n_unseen].split(64)
         nats = [lm_loss(model, part.to(device)).item() for part in parts]
-    # the policy starts as a copy of the reference, and its head is to learn by itself
+    # The policy will be a copy of this model. Its head must be able to change without changing how
+    # the model reads tokens.
     model.untie_head()
     return {"config": model.config, "weights": model.state_dict(), "nats": sum(nats) / len(nats)}
 
@@ -274,10 +284,10 @@ def get_reward(text: Text, settings: Settings, seed: int, device: torch.device
     It is trained anew at each start, on the CPU: that takes a second, and always ends the same.
     """
     classifier = train_classifier(
-        text.tokens[text.unseen:], text.labels[text.unseen:], text.encoding.n_vocab,
+        text.tokens[text.n_unseen:], text.labels[text.n_unseen:], text.encoding.n_vocab,
         settings.epochs, random_numbers("cpu", "classifier", seed))
-    says_positive = classifier(text.tokens[:text.unseen]) > 0
-    is_right = says_positive == (text.labels[:text.unseen] == 1)
+    says_positive = classifier(text.tokens[:text.n_unseen]) > 0
+    is_right = says_positive == (text.labels[:text.n_unseen] == 1)
     depends_on = [weights(classifier), source("reward.py")]
     return Reward(classifier.to(device).reward, depends_on), is_right.float().mean().item()
 
@@ -286,17 +296,17 @@ def get_samples(out: Path, reference: GPT, reward: Reward, text: Text, settings:
                 ) -> list[Samples]:
     """Stage reference samples: for training, for F in the evaluation, and for best-of-N there.
 
-    The last two have the same prompts. Best-of-N chooses among other draws than those that F is
-    estimated from: they must be independent.
+    The last two have the same prompts, but are drawn apart. If best-of-N chose among the draws that
+    F is estimated from, the winner would be ranked against itself and those it has beaten.
     """
     device = reference.wte.weight.device
+    code = [source("model.py"), inspect.getsource(draw_samples)]
     found = []
     for name, prompts, m in (("training", text.prompts, settings.m),
                              ("held-out", text.held_prompts, settings.m_eval),
                              ("draws", text.held_prompts, settings.m_eval)):
-        path = stage_path(out, f"samples-{name}-seed{seed}", VERSION, source("model.py"),
-                          weights(reference), reward.depends_on, prompts, m, settings.length,
-                          device.type, name, seed)
+        path = stage_path(out, f"samples-{name}-seed{seed}", code, weights(reference),
+                          reward.depends_on, prompts, m, settings.length, device.type, name, seed)
         saved = stored(path, draw_samples, reference, reward.fn, prompts.to(device), m,
                        settings.length, name, seed)
         found.append(Samples(**saved))
@@ -313,7 +323,7 @@ def draw_samples(model: GPT, reward_fn, prompts: Tensor, k: int, length: int, na
     began = time.time()
     parts = prompts.split(max(1, 1024 // k))
     mine = {}
-    for i in range(process(), len(parts), processes()):
+    for i in range(my_rank(), len(parts), world_size()):
         generator = random_numbers(prompts.device, "draw", name, seed, i)
         response, logprob = model.sample(parts[i], k, length, generator)
         reward = reward_fn(parts[i], response)
@@ -333,6 +343,7 @@ def get_policy(out: Path, reference: GPT, reward: Reward, prompts: Tensor, sampl
     path = stage_path(out, f"policy-vbon-n{n}-seed{seed}", *policy_depends_on(
         reference, reward, prompts, samples, settings), "vbon", n, seed)
     checkpoint = path.with_suffix(".checkpoint")
+    # calls fine_tune(checkpoint, ...), unless the file is there
     saved = stored(path, fine_tune, checkpoint, reference, reward.fn, prompts.to(device),
                    samples.reward, n, settings, seed)
     checkpoint.unlink(missing_ok=True)
@@ -345,7 +356,7 @@ def policy_depends_on(reference: GPT, reward: Reward, prompts: Tensor, samples: 
     code = [source(file) for file in ("vbon.py", "train.py", "model.py")]
     return [code, weights(reference), reward.depends_on, prompts, samples.response,
             samples.reward, settings.length, settings.steps, settings.batch, settings.k,
-            settings.rank, settings.lr, reference.wte.weight.device.type, processes()]
+            settings.rank, settings.lr, reference.wte.weight.device.type, world_size()]
 
 
 def fine_tune(checkpoint: Path, reference: GPT, reward_fn, prompts: Tensor, ref_rewards: Tensor,
@@ -365,8 +376,8 @@ def fine_tune(checkpoint: Path, reference: GPT, reward_fn, prompts: Tensor, ref_
             optimizer.param_groups[0]["lr"] = factor * settings.lr
         # each step has its own random numbers: a run that goes on after a stop ends the same
         order = torch.randperm(len(prompts), generator=random_numbers("cpu", "batch", seed, step))
-        rows = share(order[:settings.batch])            # of this process; usually all
-        generator = random_numbers(prompts.device, "vbon", n, seed, step, process())
+        rows = my_share(order[:settings.batch])            # of this process; usually all
+        generator = random_numbers(prompts.device, "vbon", n, seed, step, my_rank())
         stats = vbon.update(
             policy, reference, optimizer, reward_fn, prompts[rows.to(prompts.device)],
             ref_rewards[rows], vbon.grow(n, step, settings.steps), settings.k, settings.length,
@@ -388,9 +399,10 @@ def prompts_at_a_time(model: GPT, settings: Settings) -> int:
 
 def metrics(logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int,
             kl_ref: Tensor | None = None) -> dict[str, float]:
-    """Means and standard errors over responses (P, K) of a policy that gives them `logprob`.
+    """Means and standard errors of all metrics, from responses of a policy; tensors are (P, K).
 
-    kl_ref (P, K) replaces log π_θ - log π_ref, where there is a quieter estimate of its mean.
+    `logprob` is the policy's own. kl_ref is log π_θ - log π_ref; for a trained policy, pass
+    `token_kl`, which has the same mean and less noise.
     """
     if kl_ref is None:
         kl_ref = logprob - ref_logprob
@@ -411,7 +423,7 @@ def metrics(logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_rewards: T
 def mean_and_error(x: Tensor) -> tuple[float, float]:  # (P, K) -> mean, standard error
     """The mean of a metric, and its standard error over prompts.
 
-    Responses to one prompt hang together. So a prompt counts as one observation: its mean.
+    Responses to one prompt are correlated. So a prompt counts as one observation: its mean.
     """
     per_prompt = x.double().mean(1)
     error = per_prompt.std() / math.sqrt(len(per_prompt))
@@ -427,7 +439,7 @@ def reference_row(draws: Samples, held: Samples, n: int) -> dict:
 def best_of_n_row(draws: Samples, held: Samples, n: int, seed: int) -> dict:
     """Best-of-N, really drawn: each n draws of the reference give one answer."""
     ref_logprob, reward = choose_best(draws, n, seed)
-    # the probability under best-of-n of what it returned is known by its formula
+    # Its log-probability is known by the formula. So its KL to best-of-n is 0 by definition.
     log_bon = vbon.bon_target(ref_logprob, reward, held.reward, n)
     row = metrics(log_bon, ref_logprob, reward, held.reward, n)
     return {"method": "bon", "n": n} | row | {"samples_per_answer": n, "seconds": draws.seconds}
@@ -447,7 +459,7 @@ def evaluate(method: str, policy: GPT, reference: GPT, reward_fn, prompts: Tenso
              n: int, settings: Settings, seed: int) -> tuple[dict, Tensor]:
     """The row of a trained policy, from its own responses to held-out prompts; their rewards."""
     began = time.time()
-    drawn = draw_samples(policy, reward_fn, prompts, settings.samples, settings.length,
+    drawn = draw_samples(policy, reward_fn, prompts, settings.k_eval, settings.length,
                          f"evaluation of {method}", seed)
     ref_logprob = []
     kl_ref = []
@@ -475,18 +487,16 @@ def print_table(rows: list[dict], held_rewards: Tensor) -> None:
     print(f"\n{'':14}{'reward':>7}{'win rate':>13}{'KL to ref':>14}{'KL to BoN':>14}"
           f"{'positive':>9}{'samples':>8}")
     for row in rows:
-        cells = ""
-        for name in ("win_rate", "kl_ref", "kl_bon"):
-            value = row[name]
-            error = row[name + "_se"]
-            cells += f" {value:6.3f} ±{error:.3f}".rjust(14)
-        print(f"{title(row['method'], row['n']):14}{row['reward']:7.2f}{cells[1:]}"
-              f"{row['positive']:9.2f}{row['samples_per_answer']:8}")
+        line = f"{title(row['method'], row['n']):14}{row['reward']:7.2f}"
+        for name, width in (("win_rate", 13), ("kl_ref", 14), ("kl_bon", 14)):
+            cell = f"{row[name]:.3f} ±{row[name + '_se']:.3f}"
+            line += cell.rjust(width)
+        print(line + f"{row['positive']:9.2f}{row['samples_per_answer']:8}")
     n = rows[0]["n"]
     kl, win = vbon.bon_attains(held_rewards, n)
     print(f"{f'theory, n = {n}':21}{win:6.3f}{kl:14.3f}{0:14.3f}")
-    print("\nKLs in nats per answer, ± standard error. vBoN has worked if its row is near that\n"
-          "of best-of-N, and its KL to BoN near 0, with one sample for an answer.")
+    print("\nKLs in nats per answer; ± standard error over prompts. vBoN has worked if its row is\n"
+          "near that of best-of-N, and its KL to BoN near 0, with one sample for an answer.")
 
 
 def show_progress(label: str, done: int, total: int, began: float, stats: dict | None = None
@@ -513,14 +523,14 @@ def answers(encoding: tiktoken.Encoding, prompts: Tensor, reward_fn, models: lis
             settings: Settings, seed: int) -> str:
     """Each prompt (P, T), and under it an answer of each model, with its reward, unedited.
 
-    models: (title, model, draws); the best of so many draws is shown.
+    models: (title, model, tries); the best of so many responses is shown.
     """
     room = models[0][1].config["block_size"] - prompts.shape[1]
     length = min(settings.length, room)
     lines = [[decode(encoding, prompt) + " ..."] for prompt in prompts.tolist()]
-    for name, model, draws in models:
+    for name, model, tries in models:
         generator = random_numbers(prompts.device, "answers", seed)
-        response, _ = model.sample(prompts, draws, length, generator)
+        response, _ = model.sample(prompts, tries, length, generator)
         reward = reward_fn(prompts, response).cpu()
         best = vbon.best_of_n(reward, random_numbers("cpu", "answers", seed)).tolist()
         for i, j in enumerate(best):
@@ -550,7 +560,7 @@ def draw_picture(path: Path, rows: list[dict], draws: Samples, held: Samples, po
                   label=label)
         left.axvline(row["reward"], color=color, ls=":", lw=2)
     left.set(xlabel="reward of an answer (dotted: mean)", ylabel="density",
-             title=f"One sample of vBoN does the work of {n}")
+             title="Rewards on held-out prompts")
     left.legend(frameon=False, loc="upper left")
 
     # best-of-n for every n, from the reference samples alone
@@ -563,7 +573,7 @@ def draw_picture(path: Path, rows: list[dict], draws: Samples, held: Samples, po
                label="vBoN, trained")
     right.plot(*curve[n - 1], "o", color="tab:blue", ms=10, mfc="none", mew=2, label=f"best of {n}")
     right.set(xlabel="KL to the reference, nats per answer", ylabel="win rate over the reference",
-              title="In training, the policy moves along best-of-n",
+              title="The way of the policy in training",
               xlim=(-0.03, 1.7 * curve[n - 1][0] + 0.1))
     right.legend(frameon=False, loc="lower right")
     for axes in (left, right):
@@ -576,7 +586,7 @@ def draw_picture(path: Path, rows: list[dict], draws: Samples, held: Samples, po
 # -------------------------------------------------------- the command line: skip on a first reading
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line. A wrong one ends the program with status 2 and one line."""
+    """The command line. Raises UnusableInput for a wrong one."""
     return make_parser(__doc__).parse_args(argv)
 
 
@@ -615,7 +625,7 @@ def make_parser(description: str, several: bool = False) -> argparse.ArgumentPar
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a wrong command line like any other unusable input."""
+    """Raises UnusableInput where argparse would end the program."""
 
     def error(self, message: str) -> None:
         raise UnusableInput(message)
@@ -627,39 +637,43 @@ class Given(NamedTuple):
     encoding: tiktoken.Encoding
 
 
-def load_given(source: str | None) -> Given | None:
+def load_given(init: str | None) -> Given | None:
     """The model and the tokenizer of --init."""
-    if source is None:
+    if init is None:
         return None
-    model = GPT.from_pretrained(source)
-    encoding = pretrained_encoding(source)
+    model = GPT.from_pretrained(init)
+    encoding = pretrained_encoding(init)
     tokens = model.config["vocab_size"]
     if tokens != encoding.n_vocab:
-        raise UnusableInput(f"--init {source}: the model has {tokens} tokens, its vocabulary "
+        raise UnusableInput(f"--init {init}: the model has {tokens} tokens, its vocabulary "
                             f"{encoding.n_vocab}")
     return Given(model, encoding)
 
 
-def check_arguments(args: argparse.Namespace, n: int, settings: Settings) -> None:
-    """Each rule about numbers, with its own message."""
+def check_arguments(args: argparse.Namespace, n: int) -> None:
+    """Each rule about arguments, with its own message, before anything is read or downloaded."""
     if n < 1:
         raise UnusableInput(f"--n {n}: want at least 1")
-    if n > settings.m_eval:
-        raise UnusableInput(f"--n {n}: want at most {settings.m_eval}, the number of draws that "
-                            f"best-of-N is evaluated with")
-    if settings.steps < 1:
-        raise UnusableInput(f"--steps {settings.steps}: want at least 1")
-    if settings.m < 1:
-        raise UnusableInput(f"--m {settings.m}: want at least 1")
-    if settings.length < 1:
-        raise UnusableInput("--init: this model has no room for a prompt and a response")
+    if args.steps is not None and args.steps < 1:
+        raise UnusableInput(f"--steps {args.steps}: want at least 1")
+    if args.m is not None and args.m < 1:
+        raise UnusableInput(f"--m {args.m}: want at least 1")
     if args.sample is not None and not args.sample.strip():
         raise UnusableInput("--sample: want some words to answer")
 
 
+def check_settings(settings: Settings, n: int) -> None:
+    """The rules that depend on the text and the model."""
+    if n > settings.m_eval:
+        raise UnusableInput(f"--n {n}: want at most {settings.m_eval}, the number of draws that "
+                            f"best-of-N is evaluated with")
+    if settings.length < 1:
+        raise UnusableInput("--init: this model has no room for a prompt and a response")
+
+
 def encode_question(sample: str | None, text: Text, settings: Settings, given: Given | None
                     ) -> Tensor | None:
-    """The prompt of --sample, three times (3, T)."""
+    """The prompt of --sample (3, T), three times: each model answers three times."""
     if sample is None:
         return None
     ids = text.encoding.encode_ordinary(sample)
@@ -677,7 +691,7 @@ def describe(settings: Settings, data: list | None, given: Given | None, device:
         "data": data and digest(data),
         "init": given and digest(weights(given.model), given.encoding.token_byte_values()),
         "device": device.type,
-        "processes": processes(),
+        "processes": world_size(),
         "code": digest(code),
     }
 
@@ -689,7 +703,10 @@ MEASURED = KEYS[4:]
 
 
 def read_results(out: Path) -> list[dict]:
-    """The lines of results.jsonl. Raises UnusableInput if one of them is no result."""
+    """The lines of results.jsonl in the folder `out`, which is made if it is missing.
+
+    Raises UnusableInput if one of the lines is no result.
+    """
     path = out / "results.jsonl"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -720,7 +737,7 @@ def add_results(out: Path, rows: list[dict]) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole, or not at all; of several processes, the first one writes."""
-    if process() != 0:
+    if my_rank() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -752,7 +769,7 @@ def stored(path: Path, build: Callable[..., dict], *args: object) -> dict:
 
 def save(path: Path, content: dict) -> None:
     """Write tensors, numbers and lists of them behind their checksum."""
-    if process() != 0:
+    if my_rank() != 0:
         return
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -763,7 +780,7 @@ def save(path: Path, content: dict) -> None:
 def load(path: Path) -> dict | None:
     """What `save` wrote; None if it is not there, or damaged. The first process reads for all."""
     content = b""
-    if process() == 0 and path.exists():
+    if my_rank() == 0 and path.exists():
         content = path.read_bytes()
     content = from_first_process(content)
     checksum, data = content[:32], content[32:]
@@ -806,13 +823,19 @@ def weights(model: torch.nn.Module) -> list[Tensor]:
     return list(model.state_dict().values())
 
 
+@functools.cache
 def source(file: str) -> bytes:
-    """The bytes of one of our files."""
+    """The bytes of one of our files, as they were when they were first asked for."""
     return Path(__file__).parent.joinpath(file).read_bytes()
 
 
+# Ask now: a file that is edited during a run must not give its new name to what the old one made.
+for file_name in ("vbon.py", "model.py", "reward.py", "train.py"):
+    source(file_name)
+
+
 def digest(*parts: object) -> str:
-    """A short name for tensors, bytes, and what prints the same whenever it is the same."""
+    """A short name for tensors, bytes, and anything with a stable repr."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -848,31 +871,31 @@ def start_processes(device: str) -> torch.device:
     if count > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend)
-    if process() != 0:
+    if my_rank() != 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return chosen
 
 
-def processes() -> int:
+def world_size() -> int:
     """How many there are."""
     if torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
     return 1
 
 
-def process() -> int:
+def my_rank() -> int:
     """The number of this one, from 0."""
     if torch.distributed.is_initialized():
         return torch.distributed.get_rank()
     return 0
 
 
-def share(rows: Tensor) -> Tensor:
+def my_share(rows: Tensor) -> Tensor:
     """This process's part of the rows; all parts are of one size."""
-    size = len(rows) // processes() * processes()
+    size = len(rows) // world_size() * world_size()
     if size == 0:
-        raise UnusableInput(f"{processes()} processes cannot share {len(rows)} prompts")
-    return rows[process():size:processes()]
+        raise UnusableInput(f"{world_size()} processes cannot share {len(rows)} prompts")
+    return rows[my_rank():size:world_size()]
 
 
 def average_gradients(optimizer: torch.optim.Optimizer) -> None:
@@ -880,15 +903,15 @@ def average_gradients(optimizer: torch.optim.Optimizer) -> None:
     def average(*_: object) -> None:
         for p in optimizer.param_groups[0]["params"]:
             torch.distributed.all_reduce(p.grad)
-            p.grad /= processes()
-    if processes() > 1:
+            p.grad /= world_size()
+    if world_size() > 1:
         optimizer.register_step_pre_hook(average)
 
 
 def from_first_process(content: bytes) -> bytes:
     """What the first process holds."""
     box = [content]
-    if processes() > 1:
+    if world_size() > 1:
         torch.distributed.broadcast_object_list(box)
     return box[0]
 
@@ -896,8 +919,8 @@ def from_first_process(content: bytes) -> bytes:
 def from_all_processes(mine: dict) -> dict:
     """The entries of all processes together."""
     boxes = [mine]
-    if processes() > 1:
-        boxes = [{} for _ in range(processes())]
+    if world_size() > 1:
+        boxes = [{} for _ in range(world_size())]
         torch.distributed.all_gather_object(boxes, mine)
     together = {}
     for box in boxes:
@@ -912,7 +935,7 @@ def silent(*_: object) -> None:
 def run(program: Callable[[], None], name: str) -> None:
     """Run a program, and end it as the shell expects: 2 for unusable input, 130 for Ctrl-C.
 
-    Any other exception is a bug in these files, and keeps its traceback.
+    Any other exception keeps its traceback, and ends with status 1: it may be a bug in these files.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")        # where ± cannot be shown, print ? instead
@@ -923,7 +946,8 @@ def run(program: Callable[[], None], name: str) -> None:
         print(f"{name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; the same command goes on after the last finished stage or update",
+              file=sys.stderr)
         sys.exit(130)
 
 

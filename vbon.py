@@ -8,8 +8,8 @@ policy π_θ towards it, by minimising KL(π_θ || π_bon). After that, one samp
     symbol       name          shape       meaning
     x            prompt        (P, T)      P prompts of T token ids
     y            response      (P, K, L)   K responses to each, of at most L tokens
-    π_ref(y)     ref_logprob   (P, K)      log-probability of a whole response, in nats
-    π_θ(y)       logprob       (P, K)      the same under the policy
+    log π_ref(y) ref_logprob   (P, K)      log-probability of a whole response, in nats
+    log π_θ(y)   logprob       (P, K)      the same under the policy
     r(y)         reward        (P, K)      any number; only how it ranks responses matters
     r_1..r_M     ref_rewards   (P, M)      rewards of M reference responses to the same prompt
     F            cdf           (P, K)      the probability that a reference response scores lower
@@ -23,9 +23,11 @@ policy π_θ towards it, by minimising KL(π_θ || π_bon). After that, one samp
          where F_lt = P(r' < r) and F_le = P(r' <= r)
     (5)  J(θ) = E_θ[log π_bon(y) - log π_θ(y)] = -KL(π_θ || π_bon)             the objective
     (6)  ∇J = E_θ[(log π_bon(y) - log π_θ(y) - b) · ∇ log π_θ(y)]              its gradient
-    (7)  F_lt = (#less + 1) / (M + 1),  F_le = F_lt + (share of ties)          the estimate from M
+    (7)  F_lt = (#less + 1) / (M + 1)                                          the estimate from M
+         F_le = F_lt + #equal / (M + 1), or F_lt + π_ref(y) if #equal = 0
 
-E_θ is the mean over responses y that the policy itself samples; b is a number, the baseline.
+E_θ is the mean over responses that the policy itself samples; b is a number, the baseline. (4) and
+F_le in (7) are not in the paper, which assumes that rewards do not tie.
 
 A model needs two methods, and a reward is a function. (P, K) arithmetic is float64, on the CPU.
     model.sample(prompt, k, length, generator) -> response (P, K, L), logprob (P, K)
@@ -53,7 +55,7 @@ def empirical_cdf(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P,
 
 
 def cdf_interval(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Another estimate of F_lt and F_le, each (P, K): y is counted among the M + 1 responses.
+    """F_lt and F_le, each (P, K), another way: y is one of M + 1 responses. Only for comparison.
 
     Reward 2 against 1, 2, 2, 3 gives 1/5 and 4/5. The sum over k in (4) then has mean exactly 1.
     """
@@ -72,7 +74,7 @@ def win_rate(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P, M) -
 
 
 def _count_less_and_equal(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """#{r_j < r} and #{r_j = r}, each (P, K): the one place where rewards are compared."""
+    """#{r_j < r} and #{r_j = r}, each (P, K), by binary search in the sorted ref_rewards."""
     _check_rewards(reward, ref_rewards)
     reward = _float64(reward).contiguous()
     ref_rewards, _ = _float64(ref_rewards).sort(-1)
@@ -86,6 +88,7 @@ def bon_logprob(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:  # (...
     """log π_bon(y) by equation (2): the paper's exact form, for rewards that do not tie.
 
     π_ref(y) = 0.1 and F = 0.75 with n = 2 give 0.85² - 0.75² = 0.16. log_cdf may be -inf (F = 0).
+    Training uses `bon_target`, which is this form where no reference response ties with y.
     Raises ValueError for unequal shapes, for nan, and for an n that is no integer >= 1.
     """
     # The naive line, ((F + p)**n - F**n).log(), is -inf at p = e^-40, where F + p rounds to F.
@@ -122,16 +125,16 @@ def bon_logprob_ties(ref_logprob: Tensor, log_lt: Tensor, log_le: Tensor, n: int
 def bon_target(ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int) -> Tensor:
     """log π_bon(y) (P, K) from samples: (4) with the estimate (7). *The* target of this project.
 
-    ref_logprob (P, K), reward (P, K), ref_rewards (P, M). Where no reference response has y's
-    reward, this is equation (2) with `empirical_cdf`. It is right for any ties and any reward.
+    ref_logprob (P, K), reward (P, K), ref_rewards (P, M). Reward 2 against 1, 2, 2, 3 has
+    F_lt = 2/5 and F_le = 4/5. Where nothing ties, this is equation (2) with `empirical_cdf`.
     """
     _check_shapes(ref_logprob, reward)
     ref_logprob = _float64(ref_logprob)
     less, equal = _count_less_and_equal(reward, ref_rewards)
     total = ref_rewards.shape[1] + 1
     cdf_lt = (less + 1) / total
-    # How much probability has exactly y's reward? The share of the reference responses that have
-    # it. If none has it, y is the only response known to: its own probability.
+    # P(r' = r): the share of reference responses that tie with y. If none does, y's own
+    # probability is all that is known of it. F_le may then exceed 1 a little.
     tied = torch.where(equal > 0, equal / total, ref_logprob.exp())
     cdf_le = cdf_lt + tied
     return bon_logprob_ties(ref_logprob, cdf_lt.log(), cdf_le.log(), n)
@@ -159,8 +162,8 @@ def bon_theory(n: int) -> tuple[float, float]:
 def bon_attains(ref_rewards: Tensor, n: int) -> tuple[float, float]:  # (P, M) -> kl, win_rate
     """What best-of-N attains with this reward, ties included: KL to π_ref in nats, and win rate.
 
-    The M rewards of a prompt are taken for all that the reference can earn: best-of-N returns a
-    reward with probability F_le^N - F_lt^N. The means over P prompts; without ties, `bon_theory`.
+    The M rewards of a prompt are treated as the whole distribution of its reward: best-of-N returns
+    a reward with probability F_le^N - F_lt^N. Without ties and for large M this is `bon_theory`.
     """
     _check_n(n)
     less, equal = _count_less_and_equal(ref_rewards, ref_rewards)
@@ -169,7 +172,7 @@ def bon_attains(ref_rewards: Tensor, n: int) -> tuple[float, float]:  # (P, M) -
     cdf_le = (less + equal) / m
     # how many times as probable best-of-n makes each of the M responses
     ratio = (cdf_le ** n - cdf_lt ** n) / (cdf_le - cdf_lt)
-    kl = torch.xlogy(ratio, ratio)                                   # ratio · log ratio
+    kl = torch.xlogy(ratio, ratio)                 # ratio · log ratio; its mean is the KL
     wins = ratio * (cdf_lt + cdf_le) / 2
     return kl.mean().item(), wins.mean().item()
 
@@ -178,8 +181,8 @@ def bon_attains(ref_rewards: Tensor, n: int) -> tuple[float, float]:  # (P, M) -
 def leave_one_out(score: Tensor) -> Tensor:  # (P, K) -> (P, K)
     """The baseline b of (6): for each response, the mean score of the other K - 1.
 
-    Scores 1, 2, 6 have the baselines 4, 3.5, 1.5. A response's own score stays out of its b: then
-    E_θ[b ∇ log π_θ(y)] = 0. Raises ValueError for K < 2.
+    Scores 1, 2, 6 have the baselines 4, 3.5, 1.5. Without y's own score, b does not depend on y,
+    and E_θ[b ∇ log π_θ(y)] = 0. Raises ValueError for K < 2.
     """
     if score.dim() != 2 or score.shape[1] < 2:
         raise ValueError(f"want score (P, K) with K >= 2, got {tuple(score.shape)}")
@@ -221,7 +224,7 @@ def update(policy, reference, optimizer: torch.optim.Optimizer, reward_fn, promp
     """One step of vBoN: k responses of the policy to each prompt (P, T), ref_rewards (P, M).
 
     Returns means over the responses: win_rate, kl_ref and kl_target, the KL to best of *this* n.
-    With `part`, so many prompts are worked on at a time, to save memory: their gradients add up.
+    `part`: prompts for each backward pass, to save memory; the gradients of the parts add up.
     """
     watched = []
     size = part or len(prompt)
@@ -235,11 +238,11 @@ def update(policy, reference, optimizer: torch.optim.Optimizer, reward_fn, promp
             ref_logprob = _float64(reference.logprob(x, response))      # (P, K)
             # (c) how probable would best-of-n make y?
             log_target = bon_target(ref_logprob, reward, refs, n)       # (P, K)
-        # (d) score y under the policy, now with gradients: sampling kept none
+        # (d) score y under the policy once more: one pass over all tokens, now with gradients
         logprob = _float64(policy.logprob(x, response))                 # (P, K)
-        # (e) REINFORCE
-        share = len(x) / len(prompt)
-        loss = share * reverse_kl_loss(logprob, log_target)
+        # (e) follow the gradient (6); this estimator of it is called REINFORCE
+        weight = len(x) / len(prompt)
+        loss = weight * reverse_kl_loss(logprob, log_target)
         loss.backward()
         logprob = logprob.detach()
         wins = win_rate(reward, refs)
@@ -302,12 +305,13 @@ def toy(n: int = 4) -> None:
     """The whole paper on six responses with known probabilities: no network, no estimate of F."""
     prob = torch.tensor([0.20, 0.30, 0.20, 0.05, 0.10, 0.15], dtype=torch.float64)
     reward = torch.tensor([-4.0, -1.0, 0.5, 1.0, 2.0, 3.0], dtype=torch.float64)
-    # equation (1): the probability of all responses that score lower; the rewards are in order
+    # equation (1): the probability of all responses that score lower
     cdf = prob.cumsum(0) - prob
     # best-of-n by its definition: go through all 6^n ways to draw n responses
     brute = torch.zeros(6, dtype=torch.float64)
     for draws in itertools.product(range(6), repeat=n):
-        brute[max(draws)] += prob[list(draws)].prod()
+        best = max(draws)                                       # the rewards are in order
+        brute[best] += prob[list(draws)].prod()
     log_bon = bon_logprob(prob.log(), cdf.log(), n)
     bound = bon_logprob_bound(prob.log(), cdf.log(), n).exp()
     # a policy of six numbers that starts as the reference and learns from 64 samples a step
@@ -317,9 +321,9 @@ def toy(n: int = 4) -> None:
     kl = []
     for step in range(401):
         logprob = logits.log_softmax(0)
-        policy = logprob.detach().exp()
-        kl.append(torch.sum(policy * (logprob - log_bon)).item())
-        y = torch.multinomial(policy, 64, replacement=True, generator=generator)
+        trained = logprob.detach().exp()
+        kl.append(torch.sum(trained * (logprob - log_bon)).item())
+        y = torch.multinomial(trained, 64, replacement=True, generator=generator)
         loss = reverse_kl_loss(logprob[None, y], log_bon[None, y])   # P = 1 prompt, K = 64
         optimizer.zero_grad()
         loss.backward()
@@ -327,7 +331,7 @@ def toy(n: int = 4) -> None:
 
     print(f"Six responses, n = {n}. How probable each of them is:\n")
     print(" reward   under π_ref   F (1)   best of n   exact (2)   bound (3)   trained policy")
-    table = torch.stack([reward, prob, cdf, brute, log_bon.exp(), bound, policy], 1)
+    table = torch.stack([reward, prob, cdf, brute, log_bon.exp(), bound, trained], 1)
     for row in table.tolist():
         print("{:7.1f}{:14.3f}{:8.2f}{:12.4f}{:12.4f}{:12.4f}{:17.4f}".format(*row))
     print("\nbest of n: all ways to draw n responses, counted one by one. The policy was trained by"

@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     began = time.time()
     args = parse_arguments(argv)
     out = Path(args.out)
+    for n in args.n:
+        train.check_arguments(args, n)
     device = train.start_processes(args.device)
     data = load_reviews(args.data) if args.data else None
     given = train.load_given(args.init)
@@ -464,7 +466,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace, n: int, settings: train.Settings) -> None:
     """The rules of train.py, and those of the other methods."""
-    train.check_arguments(args, n, settings)
+    train.check_settings(settings, n)
     for method in methods.FROM_WINNERS:
         if method in args.method and n > settings.m:
             raise UnusableInput(f"--n {n}: {method} wants at most {settings.m}, the number of "

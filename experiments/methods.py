@@ -190,9 +190,9 @@ def fine_tune(method: str, beta: float | None, checkpoint: Path, reference: GPT,
         # the batches are the same for all methods, and for vBoN
         shuffle = train.random_numbers("cpu", "batch", seed, step)
         order = torch.randperm(len(prompts), generator=shuffle)
-        rows = train.share(order[:settings.batch])
+        rows = train.my_share(order[:settings.batch])
         generator = train.random_numbers(prompts.device, method, beta, n, seed, step,
-                                         train.process())
+                                         train.my_rank())
         batch = train.Samples(*[x[rows] for x in samples[:3]], seconds=0.0)
         stats = update(method, beta, policy, reference, optimizer, reward_fn,
                        prompts[rows.to(prompts.device)], batch, n, step, settings, generator)

@@ -35,11 +35,12 @@ def main(argv: list[str] | None = None) -> None:
         print_cost(*args.cost)
         return
     out = Path(args.out)
+    train.check_arguments(args, args.n)
     device = train.start_processes(args.device)
     data = load_reviews(args.data) if args.data else None
     given = train.load_given(args.init)
     settings = train.choose_settings(args, args.n, data, given)
-    train.check_arguments(args, args.n, settings)
+    train.check_settings(settings, args.n)
     rows = train.read_results(out)
     world = make_world(args, out, data, given, settings, args.seed, device)
     held = world.held.reward

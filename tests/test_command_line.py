@@ -93,7 +93,7 @@ def test_ctrl_c_is_status_130(capsys):
     with pytest.raises(SystemExit) as stop:
         train.run(stopped, "train.py")
     assert stop.value.code == 130
-    assert "the same command goes on from here" in capsys.readouterr().err
+    assert "the same command goes on after" in capsys.readouterr().err
 
 # ------------------------------------------------------------------------------------------- help
 

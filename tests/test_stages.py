@@ -101,7 +101,7 @@ def test_a_copy_of_the_program_without_edits_repeats_nothing(tmp_path, finished_
 
 
 @pytest.mark.parametrize("name, value, repeated", [
-    ("samples", 9, set()),
+    ("k_eval", 9, set()),
     ("m_eval", 65, {"samples-held-out", "samples-draws"}),
     ("steps", 4, POLICY),
     ("batch", 5, POLICY),
@@ -211,7 +211,7 @@ assert first[0][0] != first[1][0], "each step has another batch"
 assert len(seeds) == len(set(seeds)) == 4, "each process and step draws its own numbers"
 
 p = torch.nn.Parameter(torch.zeros(2))
-p.grad = torch.full((2,), train.process() + 1.0)
+p.grad = torch.full((2,), train.my_rank() + 1.0)
 optimizer = torch.optim.SGD([p], 1.0)
 train.average_gradients(optimizer)
 optimizer.step()
@@ -246,10 +246,10 @@ def test_two_processes_draw_what_one_draws_and_share_each_batch(tmp_path):
 
 
 def test_more_processes_than_prompts_are_refused(monkeypatch):
-    monkeypatch.setattr(train, "processes", lambda: 3)
-    assert train.share(torch.arange(7)).tolist() == [0, 3]
+    monkeypatch.setattr(train, "world_size", lambda: 3)
+    assert train.my_share(torch.arange(7)).tolist() == [0, 3]
     with pytest.raises(train.UnusableInput, match="3 processes cannot share 2 prompts"):
-        train.share(torch.arange(2))
+        train.my_share(torch.arange(2))
 
 # -------------------------------------------------------------------------------------- evaluation
 
@@ -366,9 +366,9 @@ def test_no_prompt_contains_an_end():
 def change_unseen(text):
     """The same text with other unseen reviews."""
     tokens = text.tokens.clone()
-    tokens[:text.unseen] = tokens[text.unseen:2 * text.unseen]
+    tokens[:text.n_unseen] = tokens[text.n_unseen:2 * text.n_unseen]
     labels = text.labels.clone()
-    labels[:text.unseen] = 1 - labels[:text.unseen]
+    labels[:text.n_unseen] = 1 - labels[:text.n_unseen]
     return text._replace(tokens=tokens, labels=labels)
 
 
