@@ -90,6 +90,23 @@ def test_a_readers_edit_repeats_what_it_can_change_and_nothing_else(file, tmp_pa
     assert rows[5]["win_rate"] != rows[2]["win_rate"]
 
 
+@pytest.mark.parametrize("old, new, repeated", [
+    ("(step + 1) / 20", "(step + 1) / 19", ALL),                            # in train_reference
+    ("prompts.split(max(1, 1024 // k))", "prompts.split(2)", SAMPLES | POLICY),  # in draw_samples
+    ("(2 * progress - 1)", "(2 * progress - 1.1)", POLICY),                 # in fine_tune
+])
+def test_an_edit_of_one_stage_of_train_repeats_it(old, new, repeated, tmp_path, finished_run):
+    for name in FILES:
+        shutil.copy(HERE / f"{name}.py", tmp_path)
+    shutil.copytree(finished_run / "out", tmp_path / "out")
+    text = (tmp_path / "train.py").read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    (tmp_path / "train.py").write_text(text.replace(old, new), encoding="utf-8")
+    before = cached(tmp_path / "out")
+    run_edited(tmp_path)
+    assert stages(cached(tmp_path / "out") - before) == repeated
+
+
 def test_a_copy_of_the_program_without_edits_repeats_nothing(tmp_path, finished_run):
     for name in FILES:
         shutil.copy(HERE / f"{name}.py", tmp_path)
