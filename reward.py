@@ -8,9 +8,13 @@ with vBoN: skip them on a first reading.
 import math
 import random
 import re
+import sys
+import traceback
+import types
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import tiktoken
 import torch
@@ -179,16 +183,23 @@ LONGEST = 2000                                          # characters of a review
 LINE_BREAK = re.compile(r"<\s*/?\s*br\s*/?\s*>", re.IGNORECASE)
 
 
-def load_reviews(folder: str | Path) -> list[Review]:
+def load_reviews(folder: str | Path, labelled: bool = True) -> list[Review]:
     """The reviews of a folder, in UTF-8: pos.txt and neg.txt with one review a line, or pos/*.txt
     and neg/*.txt with one review a file (the layout of IMDB's train folder).
 
-    Repeated reviews and HTML line breaks are removed. A text that has both labels is dropped.
+    Repeated reviews and HTML line breaks are removed. A text that has both labels is dropped. If no
+    labels are needed, prompts.txt will do, one text a line; then all labels are 0.
     Raises UnusableInput, which says what is wanted.
     """
     root = Path(folder)
     if not root.is_dir():
         raise UnusableInput(f"--data {folder}: no such folder")
+    if not labelled and (root / "prompts.txt").is_file():
+        texts = list(_read_texts(root, "prompts").values())
+        if len(texts) < MIN_REVIEWS:
+            raise UnusableInput(f"--data {folder}: {len(texts)} different texts in prompts.txt, "
+                                f"want at least {MIN_REVIEWS}")
+        return [(text, 0) for text in texts]
     positive = _read_texts(root, "pos")
     negative = _read_texts(root, "neg")
     both = positive.keys() & negative.keys()
@@ -232,6 +243,96 @@ def _read_text(path: Path) -> str:
         raise UnusableInput(f"{path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise UnusableInput(f"{path}: {error.strerror}") from None
+
+# ------------------------------------------------------------------- a reward of your own, on texts
+
+BATCH = 1024                                            # texts in one call
+
+
+class RewardFile(NamedTuple):
+    """A file that defines reward(prompts: list[str], responses: list[str]) -> numbers."""
+    path: Path
+    content: bytes                                      # as it was when it was loaded
+    function: Callable
+
+
+def load_reward(path: str | Path) -> RewardFile:
+    """Run a file of --reward, and try its function on two texts.
+
+    Raises UnusableInput for anything wrong, with the line of the file where it went wrong.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UnusableInput(f"--reward {path}: {error.strerror}") from None
+    module = types.ModuleType("reward_file")
+    module.__file__ = str(path)
+    sys.modules["reward_file"] = module                 # some libraries look a class's module up
+    sys.path.append(str(path.parent))                   # it may import its neighbours
+    try:
+        exec(compile(content, str(path), "exec"), module.__dict__)
+    except Exception as error:
+        raise _fault(path, error) from None
+    function = getattr(module, "reward", None)
+    if not callable(function):
+        raise UnusableInput(f"--reward {path}: want a function reward(prompts, responses)")
+    file = RewardFile(path, content, function)
+    _ask(file, ["i watched this", "the film"], [" film twice .", ""])
+    return file
+
+
+def reward_of_texts(file: RewardFile, encoding: tiktoken.Encoding, prompt: Tensor,
+                    response: Tensor) -> Tensor:
+    """The rewards (P, K), in float64, of token ids: prompts (P, T), responses (P, K, L).
+
+    The function is given at most 1,024 pairs of texts at a time. End-of-text is removed, and bytes
+    that are no text become U+FFFD.
+    """
+    P, K, L = response.shape
+    prompts = [decode(encoding, ids) for ids in prompt.tolist() for _ in range(K)]
+    responses = [decode(encoding, ids) for ids in response.view(P * K, L).tolist()]
+    numbers = []
+    for start in range(0, P * K, BATCH):
+        end = start + BATCH
+        numbers += _ask(file, prompts[start:end], responses[start:end])
+    return torch.tensor(numbers, dtype=torch.float64, device=response.device).view(P, K)
+
+
+def _ask(file: RewardFile, prompts: list[str], responses: list[str]) -> list[float]:
+    """The rewards of one batch, checked: here they become float, whatever they were."""
+    try:
+        given = list(file.function(list(prompts), list(responses)))
+    except Exception as error:
+        raise _fault(file.path, error) from None
+    if len(given) != len(responses):
+        raise UnusableInput(f"--reward {file.path}: want {len(responses)} numbers, got "
+                            f"{len(given)}")
+    return [_number(file.path, x) for x in given]
+
+
+def _number(path: Path, x: object) -> float:
+    """A bool, an int, a float, or what holds one, such as a tensor, as a float."""
+    try:
+        x = x.item() if hasattr(x, "item") else x
+    except (RuntimeError, ValueError):                  # more than one number
+        pass
+    try:
+        if isinstance(x, (bool, int, float)) and math.isfinite(x):
+            return float(x)
+    except OverflowError:                               # an int beyond all floats
+        pass
+    raise UnusableInput(f"--reward {path}: want finite numbers, got {str(x)[:60]!r}")
+
+
+def _fault(path: Path, error: Exception) -> UnusableInput:
+    """An exception in the file, as one line with the innermost line of that file."""
+    line = getattr(error, "lineno", None)               # of a syntax error
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == str(path):
+            line = frame.lineno
+    text = " ".join(str(error).split())
+    return UnusableInput(f"--reward: {type(error).__name__}: {text} ({path}:{line})")
 
 # ---------------------------------------------------------------------------------------- tokenizer
 

@@ -32,8 +32,8 @@ from torch import Tensor
 
 import vbon
 from model import GPT, UnusableInput, add_adapters, lm_loss, merge_adapters, token_kl
-from reward import (builtin_reviews, decode, encode, load_reviews, pretrained_encoding,
-                    train_classifier, train_tokenizer)
+from reward import (RewardFile, builtin_reviews, decode, encode, load_reviews, load_reward,
+                    pretrained_encoding, reward_of_texts, train_classifier, train_tokenizer)
 
 # ------------------------------------------------------------------------------------- the settings
 
@@ -72,6 +72,10 @@ def choose_settings(args: argparse.Namespace, n: int, data: list | None, given: 
                     ) -> Settings:
     """The settings for this kind of text and model, and what the command line says."""
     s = Settings()
+    if args.prompt_tokens is not None:
+        s = dataclasses.replace(s, prompt_tokens=args.prompt_tokens)
+    if args.length is not None:
+        s = dataclasses.replace(s, length=args.length)
     if data is not None:
         # real text has more different words and sentences than the built-in one: more of everything
         s = dataclasses.replace(
@@ -114,6 +118,8 @@ def choose_settings(args: argparse.Namespace, n: int, data: list | None, given: 
         # A policy far from the reference seldom samples a poor response. So it takes more steps
         # until it has unlearned them all.
         s = dataclasses.replace(s, steps=3 * s.steps)
+    if args.lm_steps is not None:
+        s = dataclasses.replace(s, lm_steps=args.lm_steps)
     if args.steps is not None:
         s = dataclasses.replace(s, steps=args.steps)
     if args.m is not None:
@@ -133,7 +139,8 @@ def main(argv: list[str] | None = None) -> None:
     check_arguments(args, n)
     read_results(out)                                   # if they are damaged, say so now
     device = start_processes(args.device)
-    data = load_reviews(args.data) if args.data else None
+    judge = load_reward(args.reward) if args.reward else None
+    data = load_reviews(args.data, labelled=judge is None) if args.data else None
     given = load_given(args.init)
     settings = choose_settings(args, n, data, given)
     check_settings(settings, n)
@@ -146,9 +153,12 @@ def main(argv: list[str] | None = None) -> None:
     say(f"text: {len(text.tokens)} reviews; the reference model has a perplexity of "
         f"{perplexity:.1f}")
 
-    # ---- reward: the logit of a sentiment classifier
-    reward, accuracy = get_reward(text, settings, seed, device)
-    say(f"reward: the classifier is right on {accuracy:.0%} of the reviews it has not seen")
+    # ---- reward: the logit of a sentiment classifier, or your own function
+    reward, accuracy = get_reward(text, settings, seed, device, judge)
+    if judge is None:
+        say(f"reward: the classifier is right on {accuracy:.0%} of the reviews it has not seen")
+    else:
+        say(f"reward: {judge.path} will judge up to {count_rewards(text, settings)} responses")
 
     # ---- reference samples: F, the CDF of the reward, is estimated from their rewards
     samples, held, draws = get_samples(out, reference, reward, text, settings, seed)
@@ -173,13 +183,16 @@ def main(argv: list[str] | None = None) -> None:
     print_table(rows, held.reward)
 
     # ---- what stays: results, a picture, answers
-    made_by = describe(settings, data, given, device)
+    made_by = describe(settings, data, given, device, judge)
     add_results(out, [row | {"seed": seed, "beta": None} | made_by for row in rows])
     draw_picture(out / "vbon.png", rows, draws, held, rewards, history, seed)
     report = answers(text.encoding, held_prompts[:8], reward.fn, models, settings, seed)
     write_whole(out / "samples.txt", report.encode("utf-8"))
-    print(f"\n{time.time() - began:.0f} s; {out}/ holds a picture, vbon.png, and answers, "
-          f"samples.txt")
+    folder = out / f"policy-n{n}-seed{seed}"
+    if my_rank() == 0:
+        policy.save_pretrained(folder)
+    print(f"\n{time.time() - began:.0f} s; {out}/ holds the picture vbon.png, answers in "
+          f"samples.txt,\nand the policy in {folder.name}")
 
 
 class Text(NamedTuple):
@@ -277,12 +290,16 @@ def train_reference(text: Text, given: "Given | None", shape: dict, settings: Se
     return {"config": model.config, "weights": model.state_dict(), "nats": sum(nats) / len(nats)}
 
 
-def get_reward(text: Text, settings: Settings, seed: int, device: torch.device
-               ) -> tuple[Reward, float]:
+def get_reward(text: Text, settings: Settings, seed: int, device: torch.device,
+               judge: RewardFile | None = None) -> tuple[Reward, float]:
     """Stage reward: a classifier's logit, and how often it is right on reviews it has not seen.
 
     It is trained anew at each start, on the CPU: that takes a second, and always ends the same.
+    With --reward there is no classifier: its function judges, and the accuracy is nan.
     """
+    if judge is not None:
+        function = functools.partial(reward_of_texts, judge, text.encoding)
+        return Reward(function, [judge.content, source("reward.py")]), math.nan
     classifier = train_classifier(
         text.tokens[text.n_unseen:], text.labels[text.n_unseen:], text.encoding.n_vocab,
         settings.epochs, random_numbers("cpu", "classifier", seed))
@@ -495,8 +512,21 @@ def print_table(rows: list[dict], held_rewards: Tensor) -> None:
     n = rows[0]["n"]
     kl, win = vbon.bon_attains(held_rewards, n)
     print(f"{f'theory, n = {n}':21}{win:6.3f}{kl:14.3f}{0:14.3f}")
+    ties = share_of_ties(held_rewards)
+    if ties == 1:
+        print("\nAll rewards of a prompt are the same: there is nothing to learn.")
+    elif ties > 0.01:
+        print(f"\nIn {ties:.0%} of all pairs of reference responses, both have the same reward.")
     print("\nKLs in nats per answer; ± standard error over prompts. vBoN has worked if its row is\n"
           "near that of best-of-N, and its KL to BoN near 0, with one sample for an answer.")
+
+
+def share_of_ties(rewards: Tensor) -> float:  # (P, M)
+    """Of all pairs of responses to the same prompt, the share that have the same reward."""
+    m = rewards.shape[1]
+    same = rewards[:, :, None] == rewards[:, None, :]
+    # a response is no pair with itself
+    return (same.double().sum((1, 2)) - m).mean().item() / (m * (m - 1))
 
 
 def show_progress(label: str, done: int, total: int, began: float, stats: dict | None = None
@@ -554,7 +584,9 @@ def draw_picture(path: Path, rows: list[dict], draws: Samples, held: Samples, po
     shown = [("reference, 1 sample", "0.6", draws.reward, reference),
              (f"best of {n}, {n} samples", "tab:blue", best_reward, best),
              ("vBoN, 1 sample", "tab:red", policy_reward, policy)]
-    bins = torch.linspace(draws.reward.min().item(), draws.reward.max().item(), 50).tolist()
+    low = draws.reward.min().item() - 0.1
+    high = draws.reward.max().item() + 0.1
+    bins = torch.linspace(low, high, 50).tolist()
     for label, color, reward, row in shown:
         left.hist(reward.flatten().tolist(), bins, density=True, histtype="step", lw=2, color=color,
                   label=label)
@@ -610,9 +642,21 @@ def make_parser(description: str, several: bool = False) -> argparse.ArgumentPar
     parser.add_argument("--data", metavar="DIR", help="A folder with your own labelled reviews: "
                         "pos.txt and neg.txt, one review a line, or pos/*.txt and neg/*.txt, one "
                         "review a file. Default: built-in reviews.")
+    parser.add_argument("--reward", metavar="FILE.py", help="A Python file that defines "
+                        "reward(prompts, responses): two lists of texts in, one number for each "
+                        "pair out. With it, --data may hold prompts.txt, one text a line, without "
+                        "labels. Files that it imports are not noticed when they change. Default: "
+                        "a sentiment classifier.")
     parser.add_argument("--init", metavar="GPT2", help="Start the reference model from gpt2, "
                         "gpt2-medium, gpt2-large or gpt2-xl, which are downloaded, or from a "
                         "Hugging Face folder of a GPT-2. Default: a new small model.")
+    parser.add_argument("--lm-steps", type=int, help="The number of updates of the reference "
+                        "model, before anything else. With 0, the model is taken as it is. "
+                        "Default: 1000, fewer with --data or --init.")
+    parser.add_argument("--prompt-tokens", type=int, help="A prompt is so many first tokens of a "
+                        "text. Default: 4.")
+    parser.add_argument("--length", type=int, help="A response has at most so many tokens. "
+                        "Default: 24.")
     parser.add_argument("--sample", metavar="TEXT", help="Print answers to TEXT, of the reference, "
                         "of best-of-N and of the policy. What is not trained yet is trained first.")
     parser.add_argument("--out", metavar="DIR", default="out", help="The folder for results, "
@@ -654,6 +698,12 @@ def check_arguments(args: argparse.Namespace, n: int) -> None:
     """Each rule about arguments, with its own message, before anything is read or downloaded."""
     if n < 1:
         raise UnusableInput(f"--n {n}: want at least 1")
+    if args.lm_steps is not None and args.lm_steps < 0:
+        raise UnusableInput(f"--lm-steps {args.lm_steps}: want at least 0")
+    if args.prompt_tokens is not None and args.prompt_tokens < 1:
+        raise UnusableInput(f"--prompt-tokens {args.prompt_tokens}: want at least 1")
+    if args.length is not None and args.length < 1:
+        raise UnusableInput(f"--length {args.length}: want at least 1")
     if args.steps is not None and args.steps < 1:
         raise UnusableInput(f"--steps {args.steps}: want at least 1")
     if args.m is not None and args.m < 1:
@@ -671,6 +721,13 @@ def check_settings(settings: Settings, n: int) -> None:
         raise UnusableInput("--init: this model has no room for a prompt and a response")
 
 
+def count_rewards(text: Text, settings: Settings) -> int:
+    """How many responses are judged in all, if no stage is finished yet."""
+    drawn = len(text.prompts) * settings.m + 2 * len(text.held_prompts) * settings.m_eval
+    trained = settings.steps * min(settings.batch, len(text.prompts)) * settings.k
+    return drawn + trained + len(text.held_prompts) * settings.k_eval
+
+
 def encode_question(sample: str | None, text: Text, settings: Settings, given: Given | None
                     ) -> Tensor | None:
     """The prompt of --sample (3, T), three times: each model answers three times."""
@@ -683,13 +740,14 @@ def encode_question(sample: str | None, text: Text, settings: Settings, given: G
     return torch.tensor(ids).repeat(3, 1)
 
 
-def describe(settings: Settings, data: list | None, given: Given | None, device: torch.device
-             ) -> dict:
+def describe(settings: Settings, data: list | None, given: Given | None, device: torch.device,
+             judge: RewardFile | None) -> dict:
     """All that a result depends on besides method, N, β and seed: a part of its line."""
     code = [source(file) for file in ("vbon.py", "model.py", "reward.py", "train.py")]
     return dataclasses.asdict(settings) | {
         "data": data and digest(data),
         "init": given and digest(weights(given.model), given.encoding.token_byte_values()),
+        "reward_file": judge and digest(judge.content),
         "device": device.type,
         "processes": world_size(),
         "code": digest(code),

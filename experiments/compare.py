@@ -19,7 +19,7 @@ import train
 import vbon
 from experiments import methods, theory
 from model import GPT, UnusableInput
-from reward import load_reviews
+from reward import RewardFile, load_reviews, load_reward
 
 TRAINED = ("vbon", *methods.METHODS)
 NAMES = {"ref": "reference", "bon": "best of {n}", "soft-bon": "soft best of {n}", "vbon": "vBoN",
@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     for n in args.n:
         train.check_arguments(args, n)
     device = train.start_processes(args.device)
-    data = load_reviews(args.data) if args.data else None
+    judge = load_reward(args.reward) if args.reward else None
+    data = load_reviews(args.data, labelled=judge is None) if args.data else None
     given = train.load_given(args.init)
     for n in args.n:
         check_arguments(args, n, train.choose_settings(args, n, data, given))
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     for seed in args.seed:
         # text, reward and reference samples do not depend on N
         settings = train.choose_settings(args, args.n[0], data, given)
-        world = make_world(args, out, data, given, settings, seed, device)
+        world = make_world(args, out, data, judge, given, settings, seed, device)
         pool.append(world.held.reward)
         # first all β: if one cannot be found, better now than after an hour
         betas = {n: choose_betas(args, n, world.held.reward) for n in args.n}
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
             if world.question is not None:
                 print(answers(world, policies, world.question, n, settings, seed))
                 continue
-            made_by = train.describe(settings, data, given, device)
+            made_by = train.describe(settings, data, given, device, judge)
             decoded = measure_decoding(world, n, betas[n], seed, made_by)
             trained, rewards = measure_policies(world, policies, n, settings, seed, made_by)
             train.add_results(out, decoded + trained)
@@ -91,17 +92,19 @@ class World(NamedTuple):
     question: Tensor | None         # (3, T) the prompt of --sample, three times, on the device
 
 
-def make_world(args: argparse.Namespace, out: Path, data: list | None, given: train.Given | None,
-               settings: train.Settings, seed: int, device: torch.device) -> World:
+def make_world(args: argparse.Namespace, out: Path, data: list | None, judge: RewardFile | None,
+               given: train.Given | None, settings: train.Settings, seed: int,
+               device: torch.device) -> World:
     """The stages text, reward and reference samples, as in train.main."""
     text = train.make_text(data, given, settings, seed)
     question = train.encode_question(args.sample, text, settings, given)
     reference, perplexity = train.get_reference(out, text, given, settings, seed, device)
-    reward, accuracy = train.get_reward(text, settings, seed, device)
+    reward, accuracy = train.get_reward(text, settings, seed, device, judge)
     samples, held, draws = train.get_samples(out, reference, reward, text, settings, seed)
     if args.sample is None:
-        print(f"seed {seed}: the reference has a perplexity of {perplexity:.1f}, the classifier is "
-              f"right on {accuracy:.0%}", flush=True)
+        print(f"seed {seed}: the reference has a perplexity of {perplexity:.1f}", flush=True)
+        if judge is None:
+            print(f"the classifier is right on {accuracy:.0%} of unseen reviews", flush=True)
     if question is not None:
         question = question.to(device)
     return World(text, reference, reward, samples, held, draws, text.held_prompts.to(device),

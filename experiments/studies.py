@@ -24,7 +24,7 @@ import vbon
 from experiments import theory
 from experiments.compare import make_world, mean_and_spread, with_error
 from model import GPT, UnusableInput, add_adapters
-from reward import load_reviews
+from reward import load_reviews, load_reward
 
 # ------------------------------------------------------------------------------------- the main job
 
@@ -37,12 +37,13 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     train.check_arguments(args, args.n)
     device = train.start_processes(args.device)
-    data = load_reviews(args.data) if args.data else None
+    judge = load_reward(args.reward) if args.reward else None
+    data = load_reviews(args.data, labelled=judge is None) if args.data else None
     given = train.load_given(args.init)
     settings = train.choose_settings(args, args.n, data, given)
     train.check_settings(settings, args.n)
     rows = train.read_results(out)
-    world = make_world(args, out, data, given, settings, args.seed, device)
+    world = make_world(args, out, data, judge, given, settings, args.seed, device)
     held = world.held.reward
     beta = args.beta
     if beta is None:
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
 
     study_scale(world.draws, held, args.n, beta)
     study_bound(world.draws, held, args.n)
-    made_by = train.describe(settings, data, given, device)
+    made_by = train.describe(settings, data, given, device, judge)
     trained = find_other_m(rows, args.n, made_by)
     errors = [error_of_cdf(m) for m in MS]
     print_study_of_m(errors, trained, args.n)

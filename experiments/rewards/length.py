@@ -1,0 +1,9 @@
+"""The number of words in a response: a reward that ties.
+
+    python train.py --n 4 --reward experiments/rewards/length.py
+"""
+
+
+def reward(prompts: list[str], responses: list[str]) -> list[int]:
+    """One number for each response."""
+    return [len(response.split()) for response in responses]

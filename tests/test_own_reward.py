@@ -1,0 +1,179 @@
+"""--reward FILE.py: numbers of all kinds come in right, faults are told in one line."""
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from model import UnusableInput
+from reward import load_reward, make_encoding, reward_of_texts
+from running import read_rows, run
+
+# "ab" is one token; the last byte of "é" alone is no text
+ENCODING = make_encoding({bytes([b]): b for b in range(256)} | {b"ab": 256})
+EOT = ENCODING.eot_token
+BODIES = {
+    "booleans": "[len(r) > 1 for r in responses]",
+    "integers": "[int(len(r) > 1) for r in responses]",
+    "a tuple of floats": "tuple(float(len(r) > 1) for r in responses)",
+    "numpy": "numpy.array([len(r) > 1 for r in responses])",
+    "numpy float32": "numpy.array([len(r) > 1 for r in responses], dtype='float32')",
+    "a tensor": "torch.tensor([float(len(r) > 1) for r in responses])",
+    "a column": "torch.tensor([[float(len(r) > 1)] for r in responses])",
+    "tensors of one number": "[torch.tensor(len(r) > 1) for r in responses]",
+    "a generator": "(len(r) > 1 for r in responses)",
+}
+
+
+def write(folder, body, before=""):
+    path = folder / "own.py"
+    path.write_text(f"import math, numpy, torch\n{before}\n"
+                    f"def reward(prompts, responses):\n    return {body}\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
+def test_numbers_of_any_kind_become_float64(tmp_path, body):
+    file = load_reward(write(tmp_path, body))
+    response = torch.tensor([[[97, EOT, EOT], [97, 98, EOT]], [[98, 256, 99], [EOT, EOT, EOT]]])
+    rewards = reward_of_texts(file, ENCODING, torch.tensor([[97], [98]]), response)
+    assert rewards.dtype == torch.float64
+    assert rewards.tolist() == [[0, 1], [1, 0]]
+
+
+FAULTS = {
+    "an exception": ("[1 / 0 for r in responses]", "ZeroDivisionError: division by zero .*:4"),
+    "a missing name": ("wrong(responses)", "NameError.*:4"),
+    "too few": ("[1.0]", "want 2 numbers, got 1"),
+    "too many": ("[1.0] * 3", "want 2 numbers, got 3"),
+    "None": ("[None for r in responses]", "finite numbers, got 'None'"),
+    "nothing at all": ("None", "TypeError"),
+    "words": ("['1.0' for r in responses]", "finite numbers, got '1.0'"),
+    "nan": ("[math.nan for r in responses]", "finite numbers, got 'nan'"),
+    "infinity": ("[math.inf for r in responses]", "finite numbers, got 'inf'"),
+    "an integer beyond all floats": ("[10 ** 400 for r in responses]", "finite numbers"),
+    "complex numbers": ("[1j for r in responses]", "finite numbers"),
+    "rows of two": ("torch.zeros(len(responses), 2)", "finite numbers"),
+    "an exit": ("exit_now()", "NameError"),
+}
+
+
+@pytest.mark.parametrize("body, says", FAULTS.values(), ids=FAULTS.keys())
+def test_what_is_no_reward_is_refused_in_one_line(tmp_path, body, says):
+    with pytest.raises(UnusableInput, match=says) as error:
+        load_reward(write(tmp_path, body))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("before, says", [("def broken(:", "SyntaxError.*:2"),
+                                          ("import nothing_of_this_name", "ModuleNotFound.*:2"),
+                                          ("raise ValueError('two\\nlines')", "two lines .*:2")])
+def test_a_file_that_does_not_run_is_refused_with_its_line(tmp_path, before, says):
+    with pytest.raises(UnusableInput, match=says):
+        load_reward(write(tmp_path, "[1.0 for r in responses]", before))
+
+
+def test_a_file_without_the_function_is_refused(tmp_path):
+    (tmp_path / "own.py").write_text("reward = 3\n", encoding="utf-8")
+    with pytest.raises(UnusableInput, match="want a function"):
+        load_reward(tmp_path / "own.py")
+    with pytest.raises(UnusableInput, match="nowhere.py: No such file"):
+        load_reward(tmp_path / "nowhere.py")
+
+
+def test_the_line_is_the_innermost_of_the_file_itself(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("import json\n\ndef inner(text):\n    return json.loads('{')\n\n"
+                    "def reward(prompts, responses):\n    return inner(responses)\n",
+                    encoding="utf-8")
+    with pytest.raises(UnusableInput, match="own.py:4"):
+        load_reward(path)
+
+
+def test_texts_arrive_in_pairs_at_most_1024_at_a_time(tmp_path):
+    before = "SEEN = []"
+    body = "SEEN.append((prompts, responses)) or [len(r) for r in responses]"
+    file = load_reward(write(tmp_path, body, before))
+    seen = file.function.__globals__["SEEN"]
+    seen.clear()
+    prompt = torch.tensor([[97, 98], [99, 99]])
+    response = torch.full((2, 600, 2), EOT)
+    response[0, 0] = torch.tensor([0xC3, EOT])           # the first of two bytes of a letter
+    response[1, 599] = torch.tensor([32, 256])
+    rewards = reward_of_texts(file, ENCODING, prompt, response)
+    assert [len(prompts) for prompts, _ in seen] == [1024, 176]
+    prompts = seen[0][0] + seen[1][0]
+    responses = seen[0][1] + seen[1][1]
+    assert prompts == ["ab"] * 600 + ["cc"] * 600
+    assert responses == ["\ufffd"] + [""] * 1198 + [" ab"]
+    assert rewards.shape == (2, 600)
+    assert rewards[1, 599] == 3
+
+
+def test_a_whole_run_with_a_reward_that_ties(tmp_path):
+    path = write(tmp_path, "[min(2, r.count('e')) for r in responses]")
+    code, printed, error = run("--quick", "--n", 2, "--reward", path, cwd=tmp_path)
+    assert (code, error) == (0, "")
+    assert "will judge up to" in printed
+    assert "both have the same reward" in printed
+    rows = read_rows(tmp_path / "out")
+    assert 0 <= rows[0]["reward"] < rows[1]["reward"] <= 2
+    before = {path.name for path in (tmp_path / "out/cache").iterdir()}
+
+    # another reward: the reference stays, what depends on the reward is made again
+    path = write(tmp_path, "[min(2, r.count('a')) for r in responses]")
+    assert run("--quick", "--n", 2, "--reward", path, cwd=tmp_path)[0] == 0
+    after = {path.name for path in (tmp_path / "out/cache").iterdir()}
+    stages = sorted(name.partition("-seed")[0] for name in after - before)
+    assert stages == ["policy-vbon-n2", "samples-draws", "samples-held-out", "samples-training"]
+    assert len(read_rows(tmp_path / "out")) == 6
+
+
+def test_a_constant_reward_is_said_to_teach_nothing(tmp_path):
+    path = write(tmp_path, "[1.5 for r in responses]")
+    code, printed, _ = run("--quick", "--n", 2, "--reward", path, cwd=tmp_path)
+    assert code == 0
+    assert "nothing to learn" in printed
+    for row in read_rows(tmp_path / "out"):
+        assert (row["reward"], row["win_rate"]) == (1.5, 0.5)
+        assert row["kl_ref"] == pytest.approx(0, abs=0.03)
+
+
+def test_a_fault_in_the_middle_of_a_run_keeps_nothing_of_the_batch(tmp_path):
+    path = write(tmp_path, "COUNT.append(1) or [len(r) / (len(COUNT) < 3) for r in responses]",
+                 "COUNT = []")
+    code, _, error = run("--quick", "--n", 2, "--reward", path, cwd=tmp_path)
+    assert code == 2
+    assert error.count("\n") == 1
+    assert "ZeroDivisionError" in error
+    names = [path.name for path in (tmp_path / "out/cache").iterdir()]
+    assert [name.partition("-seed")[0] for name in sorted(names)] == [
+        "reference-model", "samples-training"]
+
+
+def test_prompts_without_labels_will_do(tmp_path):
+    (tmp_path / "texts").mkdir()
+    lines = [f"the film number {i} is about {i * i} things" for i in range(150)]
+    Path(tmp_path, "texts", "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+    path = write(tmp_path, "[len(r) for r in responses]")
+    code, _, error = run("--quick", "--n", 2, "--data", "texts", "--reward", path, cwd=tmp_path)
+    assert (code, error) == (0, "")
+    code, _, error = run("--quick", "--n", 2, "--data", "texts", cwd=tmp_path)
+    assert code == 2
+    assert "pos.txt" in error
+
+
+def test_the_examples_judge_as_they_say():
+    folder = Path(train.__file__).parent / "experiments" / "rewards"
+    length = load_reward(folder / "length.py")
+    contains = load_reward(folder / "contains.py")
+    texts = [" a superb film .", " it was worth every minute", ""]
+    assert length.function(texts, texts) == [4, 5, 0]
+    assert contains.function(texts, texts) == [True, True, False]
+
+
+def test_a_model_may_be_taken_as_it_is(tmp_path):
+    train_it = ("--quick", "--n", 2, "--prompt-tokens", 2, "--length", 3)
+    assert run(*train_it, "--lm-steps", 0, cwd=tmp_path)[0] == 0
+    rows = read_rows(tmp_path / "out")
+    assert {(row["lm_steps"], row["prompt_tokens"], row["length"]) for row in rows} == {(0, 2, 3)}
