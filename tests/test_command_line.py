@@ -111,7 +111,7 @@ def test_help_needs_no_matplotlib_and_explains_each_flag_in_full_sentences():
     done = subprocess.run([sys.executable, "-c", WITHOUT, HERE], text=True, capture_output=True,
                           env=os.environ | {"COLUMNS": "10000"}, check=True)
     flags = [line.strip() for line in done.stdout.splitlines() if line.startswith("  --")]
-    assert len(flags) == 10
+    assert len(flags) == 14
     for line in flags:
         name, _, text = line.partition("  ")
         text = text.strip()
