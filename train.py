@@ -8,6 +8,7 @@ Five stages, in the order of `main`: text, reward, reference samples, fine-tunin
 What they find goes to --out. A run that was stopped goes on when the same command is given again.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -20,7 +21,8 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -139,6 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     check_arguments(args, n)
     read_results(out)                                   # if they are damaged, say so now
     device = start_processes(args.device)
+    check_same_arguments(args)
     judge = load_reward(args.reward) if args.reward else None
     data = load_reviews(args.data, labelled=judge is None) if args.data else None
     given = load_given(args.init)
@@ -572,9 +575,8 @@ def answers(encoding: tiktoken.Encoding, prompts: Tensor, reward_fn, models: lis
 def draw_picture(path: Path, rows: list[dict], draws: Samples, held: Samples, policy_reward: Tensor,
                  history: list[dict], seed: int) -> None:
     """Left, rewards on held-out prompts as histograms; right, the way of the policy in training."""
-    import matplotlib                                   # here, so that --help need not wait for it
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    os.environ["MPLBACKEND"] = "agg"                    # no window, whatever a notebook has set
+    from matplotlib import pyplot                       # here, so that --help need not wait for it
 
     reference, best, policy = rows
     n = best["n"]
@@ -650,13 +652,13 @@ def make_parser(description: str, several: bool = False) -> argparse.ArgumentPar
     parser.add_argument("--init", metavar="GPT2", help="Start the reference model from gpt2, "
                         "gpt2-medium, gpt2-large or gpt2-xl, which are downloaded, or from a "
                         "Hugging Face folder of a GPT-2. Default: a new small model.")
-    parser.add_argument("--lm-steps", type=int, help="The number of updates of the reference "
-                        "model, before anything else. With 0, the model is taken as it is. "
-                        "Default: 1000, fewer with --data or --init.")
-    parser.add_argument("--prompt-tokens", type=int, help="A prompt is so many first tokens of a "
-                        "text. Default: 4.")
-    parser.add_argument("--length", type=int, help="A response has at most so many tokens. "
-                        "Default: 24.")
+    parser.add_argument("--lm-steps", type=int, metavar="S", help="The number of updates of the "
+                        "reference model, before anything else. With 0, the model is taken as it "
+                        "is. Default: 1000 for the built-in text, else by the size of the text.")
+    parser.add_argument("--prompt-tokens", type=int, metavar="T", help="A prompt is so many first "
+                        "tokens of a text. Default: 4.")
+    parser.add_argument("--length", type=int, metavar="L", help="A response has at most so many "
+                        "tokens. Default: 24.")
     parser.add_argument("--sample", metavar="TEXT", help="Print answers to TEXT, of the reference, "
                         "of best-of-N and of the policy. What is not trained yet is trained first.")
     parser.add_argument("--out", metavar="DIR", default="out", help="The folder for results, "
@@ -785,12 +787,34 @@ def read_results(out: Path) -> list[dict]:
 
 def add_results(out: Path, rows: list[dict]) -> None:
     """Append rows to results.jsonl. A row with the settings of an older one takes its place."""
-    kept = {}
-    for row in read_results(out) + rows:
-        made_by = {name: value for name, value in row.items() if name not in MEASURED}
-        kept[json.dumps(made_by, sort_keys=True)] = row
-    lines = [json.dumps(row) + "\n" for row in kept.values()]
-    write_whole(out / "results.jsonl", "".join(lines).encode("utf-8"))
+    with lock(out):
+        kept = {}
+        for row in read_results(out) + rows:
+            made_by = {name: value for name, value in row.items() if name not in MEASURED}
+            kept[json.dumps(made_by, sort_keys=True)] = row
+        lines = [json.dumps(row) + "\n" for row in kept.values()]
+        write_whole(out / "results.jsonl", "".join(lines).encode("utf-8"))
+
+
+@contextlib.contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Let only one process at a time change the results of this folder.
+
+    The lock is the operating system's, and dies with its process. Where there is none, go on
+    without.
+    """
+    path = out / "cache" / "results.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except ImportError:                             # Windows
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+        except OSError:                                 # some network folders
+            pass
+        yield
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -798,7 +822,7 @@ def write_whole(path: Path, content: bytes) -> None:
     if my_rank() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         part.write_bytes(content)
         part.replace(path)
@@ -915,23 +939,45 @@ def random_numbers(device: torch.device | str, *names: object) -> torch.Generato
 # `torchrun --nproc_per_node 2 -- train.py --n 4` starts this program twice. The processes share the
 # prompts of each update and all drawing; the first one reads and writes files.
 
+TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
 def start_processes(device: str) -> torch.device:
     """Choose the device; meet the other processes, if torchrun has started several."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
+    given = {name: os.environ.get(name) for name in TORCHRUN}
+    several = given["WORLD_SIZE"] not in (None, "", "1")
+    if several and not all(given.values()):
+        missing = ", ".join(name for name in TORCHRUN if not given[name])
+        raise UnusableInput(f"WORLD_SIZE = {given['WORLD_SIZE']} announces several processes, but "
+                            f"{missing} is not set; start them by torchrun, or unset WORLD_SIZE")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and count > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device == "cuda" and several:
+        device = f"cuda:{given['LOCAL_RANK']}"
     try:
         chosen = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:     # PyTorch's answers to a wrong device
         raise UnusableInput(f"--device {device}: {str(error).splitlines()[0]}") from None
-    if count > 1:
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend)
+    if several:
+        backend = "gloo"
+        if chosen.type == "cuda":
+            backend = "cpu:gloo,cuda:nccl"
+            torch.cuda.set_device(chosen)
+        try:
+            torch.distributed.init_process_group(backend)
+        except (ValueError, RuntimeError) as error:     # PyTorch's answers to odd numbers
+            raise UnusableInput(f"torchrun's variables: {error}") from None
     if my_rank() != 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return chosen
+
+
+def check_same_arguments(args: argparse.Namespace) -> None:
+    """Refuse processes that were started with different arguments: they would wait for ever."""
+    everyone = from_all_processes({my_rank(): vars(args)})
+    for rank, others in everyone.items():
+        if others != everyone[0]:
+            raise UnusableInput(f"process {rank} has other arguments than process 0")
 
 
 def world_size() -> int:

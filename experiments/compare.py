@@ -8,6 +8,7 @@ train.py. For each seed: text, reward, reference samples; then for each N: fine-
 import argparse
 import io
 import math
+import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     for n in args.n:
         train.check_arguments(args, n)
     device = train.start_processes(args.device)
+    train.check_same_arguments(args)
     judge = load_reward(args.reward) if args.reward else None
     data = load_reviews(args.data, labelled=judge is None) if args.data else None
     given = train.load_given(args.init)
@@ -406,9 +408,8 @@ LINES = (("best-of-n", ".", "tab:blue", "best of 1, 2, 3, ..., in theory"),
 def draw_picture(path: Path, rows: list[dict], ns: list[int], beta_given: bool, pool: Tensor
                  ) -> None:
     """Win rate and reward against the KL to the reference: theory as lines, results as points."""
-    import matplotlib                                   # here, so that --help need not wait for it
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    os.environ["MPLBACKEND"] = "agg"                    # no window, whatever a notebook has set
+    from matplotlib import pyplot                       # here, so that --help need not wait for it
 
     # Seeds have other texts and classifiers: each has its own zero of the reward.
     own = {row["seed"]: row["reward"] for row in rows if row["method"] == "ref"}

@@ -13,6 +13,7 @@ import argparse
 import copy
 import io
 import math
+import os
 import time
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     train.check_arguments(args, args.n)
     device = train.start_processes(args.device)
+    train.check_same_arguments(args)
     judge = load_reward(args.reward) if args.reward else None
     data = load_reviews(args.data, labelled=judge is None) if args.data else None
     given = train.load_given(args.init)
@@ -178,9 +180,8 @@ def print_study_of_m(errors: list[dict], trained: dict[int, list[dict]], n: int)
 
 def draw_picture(path: Path, errors: list[dict], trained: dict[int, list[dict]], n: int) -> None:
     """The errors of F and of log F against M, and the KL to best-of-N of what was trained."""
-    import matplotlib                                   # here, so that --help need not wait for it
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    os.environ["MPLBACKEND"] = "agg"                    # no window, whatever a notebook has set
+    from matplotlib import pyplot                       # here, so that --help need not wait for it
 
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     left.loglog(MS, [error["dkw"] for error in errors], "k:", label="bound of the 95 % (DKW)")
