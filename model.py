@@ -174,7 +174,7 @@ class GPT(nn.Module):
 # ------------------------------------------------------------------------ what vBoN asks of a model
 
     @torch.no_grad()
-    @parametrize.cached()                            # adapters are added to their weights only once
+    @parametrize.cached()                            # compute W + B A once, not for each token
     def sample(self, prompt: Tensor, k: int, length: int,
                generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """k responses to each prompt (P, T): token ids (P, k, length), log-probabilities (P, k)."""
@@ -215,7 +215,7 @@ class GPT(nn.Module):
         each_prompt = prompt.repeat_interleave(response.shape[1], 0)
         each_response = response.flatten(0, 1)                            # (P·K, L)
         tokens = torch.cat([each_prompt, each_response], 1)               # (P·K, T + L)
-        # a state tells the *next* token: those of the response begin one place before it
+        # The state at a token predicts the next one. So begin at the last token of the prompt.
         states = self.states(tokens[:, :-1])[:, prompt.shape[1] - 1:]     # (P·K, L, C)
         counts = response_mask(each_response, self.eot)
         return self.lm_head(states[counts]), counts
@@ -297,8 +297,8 @@ class LowRank(nn.Module):
 def add_adapters(model: nn.Module, rank: int, generator: torch.Generator) -> list[nn.Parameter]:
     """Freeze the model, put adapters on all its linear maps, and return the parameters to train.
 
-    Few parameters are an advantage here: the noise of REINFORCE costs KL in every direction in
-    which the policy can move.
+    Few parameters are an advantage here: the noise of the gradient pushes each of them at random,
+    and that raises the KL.
     """
     model.requires_grad_(False)
     trained = []

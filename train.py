@@ -117,8 +117,8 @@ def choose_settings(args: argparse.Namespace, n: int, data: list | None, given: 
         if data is None:
             s = dataclasses.replace(s, reviews=600)
     if n > 8:
-        # A policy far from the reference seldom samples a poor response. So it takes more steps
-        # until it has unlearned them all.
+        # For a large N, poor responses must become very improbable. The policy samples them ever
+        # more seldom, so it learns this slowly.
         s = dataclasses.replace(s, steps=3 * s.steps)
     if args.lm_steps is not None:
         s = dataclasses.replace(s, lm_steps=args.lm_steps)
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
         print(answers(text.encoding, question, reward.fn, models, settings, seed), end="")
         return
 
-    # ---- evaluation: on prompts and reference samples that were not used so far
+    # ---- evaluation: on prompts that vBoN was not trained on, with fresh reference samples
     held_prompts = text.held_prompts.to(device)
     policy_row, rewards = evaluate("vbon", policy, reference, reward.fn, held_prompts, held,
                                    n, settings, seed)
@@ -211,7 +211,7 @@ class Text(NamedTuple):
 class Reward(NamedTuple):
     """What the stage `reward` makes."""
     fn: Callable[[Tensor, Tensor], Tensor]      # prompt (P, T0), response (P, K, L) -> (P, K)
-    depends_on: list                # what names this reward in the files of later stages
+    depends_on: list                # goes into the file names of later stages
 
 
 class Samples(NamedTuple):
@@ -441,7 +441,7 @@ def metrics(logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_rewards: T
 
 
 def mean_and_error(x: Tensor) -> tuple[float, float]:  # (P, K) -> mean, standard error
-    """The mean of a metric, and its standard error over prompts.
+    """Return the mean of a metric, and its standard error over prompts.
 
     Responses to one prompt are correlated. So a prompt counts as one observation: its mean.
     """

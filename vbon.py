@@ -57,7 +57,7 @@ def empirical_cdf(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P,
 def cdf_interval(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
     """F_lt and F_le, each (P, K), another way: y is one of M + 1 responses. Only for comparison.
 
-    Reward 2 against 1, 2, 2, 3 gives 1/5 and 4/5. The sum over k in (4) then has mean exactly 1.
+    Reward 2 against 1, 2, 2, 3 gives 1/5 and 4/5. Over y ~ π_ref, π_bon/π_ref then has mean 1.
     """
     less, equal = _count_less_and_equal(reward, ref_rewards)
     total = ref_rewards.shape[1] + 1
@@ -133,8 +133,8 @@ def bon_target(ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int)
     less, equal = _count_less_and_equal(reward, ref_rewards)
     total = ref_rewards.shape[1] + 1
     cdf_lt = (less + 1) / total
-    # P(r' = r): the share of reference responses that tie with y. If none does, y's own
-    # probability is all that is known of it. F_le may then exceed 1 a little.
+    # P(r' = r): the share of reference responses that tie with y. If none does, y is the only
+    # response known to have this reward: its own probability. F_le may then exceed 1 a little.
     tied = torch.where(equal > 0, equal / total, ref_logprob.exp())
     cdf_le = cdf_lt + tied
     return bon_logprob_ties(ref_logprob, cdf_lt.log(), cdf_le.log(), n)
@@ -211,8 +211,8 @@ def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (
 def grow(n: int, step: int, steps: int) -> int:
     """The N to aim for at this step: it grows from 2 to n over the first 40 % of the steps.
 
-    At first the policy is the reference, and has many poor responses. A large N would score them
-    by a huge (N-1) · log F, and a few of them would decide the gradient.
+    At first the policy is the reference, and has many poor responses. A large N would give them a
+    very negative (N-1) · log F, and a few of them would decide the gradient.
     """
     progress = min(1.0, (step + 1) / (0.4 * steps))
     return math.ceil(n ** progress)
