@@ -31,8 +31,8 @@ Review = tuple[str, int]                                # text, label: 1 positiv
 class Classifier(nn.Module):
     """Logistic regression on the tokens of a text.
 
-    The logit is the sum of the tokens' weights plus a bias. The sum is divided by the square root of
-    the number of tokens, so that it does not simply grow with the length.
+    The logit is the sum of the tokens' weights plus a bias. The sum is divided by the square root
+    of the number of tokens, so that it does not simply grow with the length.
     """
 
     def __init__(self, vocab_size: int):

@@ -107,8 +107,7 @@ def bon_logprob_bound(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:
     On text the two agree to rounding: a whole sentence is improbable, so the terms i >= 2 vanish.
     """
     ref_logprob, log_cdf = _check_logs(n, ref_logprob, log_cdf)
-    log_weight = math.log(n) + _log_power(log_cdf, torch.tensor(n - 1))
-    return log_weight + ref_logprob
+    return math.log(n) + _log_power(log_cdf, torch.tensor(n - 1)) + ref_logprob
 
 
 def bon_logprob_ties(ref_logprob: Tensor, log_lt: Tensor, log_le: Tensor, n: int) -> Tensor:
@@ -144,9 +143,8 @@ def best_of_n(reward: Tensor, generator: torch.Generator | None = None) -> Tenso
     """Best-of-N itself: the index of the highest of N rewards; ties are broken at random."""
     _check_rewards(reward)
     reward = _float64(reward)
-    highest, _ = reward.max(-1, keepdim=True)
-    is_best = (reward == highest).double()
-    return torch.multinomial(is_best, 1, generator=generator)[:, 0]
+    is_best = reward == reward.max(-1, keepdim=True).values
+    return torch.multinomial(is_best.double(), 1, generator=generator)[:, 0]
 
 
 def bon_theory(n: int) -> tuple[float, float]:
@@ -246,9 +244,7 @@ def update(policy, reference, optimizer: torch.optim.Optimizer, reward_fn, promp
         loss.backward()
         logprob = logprob.detach()
         wins = win_rate(reward, refs)
-        kl_ref = logprob - ref_logprob
-        kl_target = logprob - log_target
-        watched.append(torch.stack([wins, kl_ref, kl_target]))          # (3, P, K)
+        watched.append(torch.stack([wins, logprob - ref_logprob, logprob - log_target]))
     optimizer.step()
     wins, kl_ref, kl_target = torch.cat(watched, 1).mean((1, 2)).tolist()
     return {"win_rate": wins, "kl_ref": kl_ref, "kl_target": kl_target}
