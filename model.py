@@ -140,12 +140,13 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02, generator=generator)
 
     def untie_head(self) -> None:
-        """Give the output head weights of its own, a copy of the token embedding's.
+        """Give the output head weights of its own, unless it has: a copy of the token embedding's.
 
         While the two are one, what makes a word more likely also changes how the model reads it.
         """
-        self.lm_head.weight = nn.Parameter(self.wte.weight.detach().clone())
-        self.config["tied"] = False
+        if self.config["tied"]:
+            self.lm_head.weight = nn.Parameter(self.wte.weight.detach().clone())
+            self.config["tied"] = False
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V) of the token after each; T is block_size at most."""
@@ -163,7 +164,7 @@ class GPT(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             for i, block in enumerate(self.h):
                 x = block(x, None if cache is None else cache[i], start)
-        return self.ln_f(x.float())
+        return self.ln_f(x.to(self.ln_f.weight.dtype))
 
     def new_cache(self, rows: int, length: int) -> list[Tensor]:
         """Room for keys and values of `rows` x `length` tokens: (2, B, H, T, D) for each block."""
