@@ -102,7 +102,7 @@ def world(tmp_path_factory):
     text = (folder / "out" / "samples.txt").read_text(encoding="utf-8")
     reference = GPT.from_pretrained(folder / "world")
     policy = GPT.from_pretrained(folder / "out" / f"policy-n{n}-seed0")
-    prompts = [line[0] for line in text.splitlines() if line.endswith(" ...")]
+    prompts = [line[0] for line in text.splitlines() if line[0] != " "]
     _, reward = all_responses()
     exact = {"ref": [], "bon": [], "vbon": []}
     for letter in prompts:
