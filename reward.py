@@ -5,6 +5,7 @@ needs no gradient of it, and sees only how it ranks responses. Here it is the lo
 a classifier. The sections after the classifier make the experiment possible, but have nothing to do
 with vBoN: skip them on a first reading.
 """
+import json
 import math
 import random
 import re
@@ -339,6 +340,7 @@ END = "<|endoftext|>"
 # Words with their leading space, numbers, punctuation, white space. The classes complement each
 # other, so that every string is covered and comes back from its tokens unchanged.
 PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
+PATTERNS = {"vbon": PATTERN, "gpt2": r50k_pat_str}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
@@ -390,61 +392,13 @@ def _merge(parts: list[bytes], pair: tuple[bytes, bytes]) -> None:
         j += 1
 
 
-def make_encoding(ranks: dict[bytes, int], pattern: str = PATTERN) -> tiktoken.Encoding:
-    """An encoder from its merges (bytes to id, lower ids are merged first); end-of-text is last."""
-    return tiktoken.Encoding("vbon", pat_str=pattern, mergeable_ranks=ranks,
-                             special_tokens={END: len(ranks)})
+def make_encoding(ranks: dict[bytes, int], name: str = "vbon") -> tiktoken.Encoding:
+    """An encoder from its merges (bytes to id, lower ids are merged first); end-of-text is last.
 
-
-def pretrained_encoding(source: str | Path) -> tiktoken.Encoding:
-    """GPT-2's tokenizer: tiktoken's own, downloaded, or vocab.json and merges.txt of a folder.
-
-    Raises UnusableInput, which says what is wrong.
+    The name, "vbon" or "gpt2", says by which pattern a text is cut into words.
     """
-    if str(source) in PRETRAINED:
-        return tiktoken.get_encoding("gpt2")
-    folder = Path(source)
-    vocabulary = read_json(folder / "vocab.json")
-    merges = _read_text(folder / "merges.txt").split("\n")
-    if merges[0].startswith("#version"):
-        merges = merges[1:]
-    merges = [line.split() for line in merges if line.strip()]
-    for pair in merges:
-        if len(pair) != 2:
-            raise UnusableInput(f"{folder}: merges.txt: want two tokens a line, got {pair}")
-    letters = _byte_letters()
-    byte_ids = [vocabulary.get(letter) for letter in letters]
-    if any(i not in byte_ids for i in range(256)):
-        raise UnusableInput(f"{folder}: vocab.json: want the ids 0 to 255 for the 256 bytes")
-    # ids are given out in this order: bytes, merges, end-of-text; so an id tells its merge's rank
-    order = list(letters) + ["".join(pair) for pair in merges] + [END]
-    ranks = {}
-    for rank, token in enumerate(order):
-        if vocabulary.get(token) != rank and token not in letters:
-            raise UnusableInput(f"{folder}: vocab.json: want {rank} for the token {token!r}, as in "
-                                f"merges.txt, got {vocabulary.get(token)}")
-    if len(vocabulary) != len(order):
-        raise UnusableInput(f"{folder}: vocab.json has {len(vocabulary)} tokens, merges.txt makes "
-                            f"{len(order)}")
-    for token, rank in vocabulary.items():
-        if token != END:
-            if not isinstance(rank, int) or not set(token) <= letters.keys():
-                raise UnusableInput(f"{folder}: vocab.json: {token!r} is no string of bytes")
-            ranks[bytes(letters[letter] for letter in token)] = rank
-    return make_encoding(ranks, r50k_pat_str)
-
-
-def _byte_letters() -> dict[str, int]:
-    """How GPT-2's files write the 256 bytes: printable ones as themselves, others as U+0100 on."""
-    letters = {}
-    others = 0
-    for byte in range(256):
-        if chr(byte).isprintable() and chr(byte) != " ":
-            letters[chr(byte)] = byte
-        else:
-            letters[chr(256 + others)] = byte
-            others += 1
-    return letters
+    return tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks,
+                             special_tokens={END: len(ranks)})
 
 
 def encode(encoding: tiktoken.Encoding, texts: Iterable[str], length: int) -> Tensor:
@@ -460,3 +414,139 @@ def encode(encoding: tiktoken.Encoding, texts: Iterable[str], length: int) -> Te
 def decode(encoding: tiktoken.Encoding, ids: list[int]) -> str:
     """The text of ids, without end-of-text."""
     return encoding.decode([i for i in ids if i != encoding.eot_token])
+
+# --------------------------------------------------------------- tokenizers in Hugging Face folders
+
+def pretrained_encoding(source: str | Path) -> tiktoken.Encoding:
+    """GPT-2's tokenizer, downloaded by tiktoken, or that of a folder.
+
+    A folder has vocab.json and merges.txt, with GPT-2's pattern, or tokenizer.json, with GPT-2's or
+    ours. Raises UnusableInput, which says what is wrong.
+    """
+    if str(source) in PRETRAINED:
+        return tiktoken.get_encoding("gpt2")
+    folder = Path(source)
+    if not (folder / "vocab.json").exists() and (folder / "tokenizer.json").exists():
+        return _read_tokenizer(folder / "tokenizer.json")
+    vocabulary = read_json(folder / "vocab.json")
+    lines = _read_text(folder / "merges.txt").split("\n")
+    if lines[0].startswith("#version"):
+        lines = lines[1:]
+    merges = [line.split() for line in lines if line.strip()]
+    return make_encoding(_read_ranks(folder / "vocab.json", vocabulary, merges), "gpt2")
+
+
+def _read_tokenizer(path: Path) -> tiktoken.Encoding:
+    """The encoder of a tokenizer.json: byte-level BPE only, merges as strings or as pairs."""
+    try:
+        content = read_json(path)
+        model = content["model"]
+        if model["type"] != "BPE":
+            raise UnusableInput(f"{path}: want byte-level BPE, got {model['type']}")
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        vocabulary = dict(model["vocab"])
+        for token in content["added_tokens"]:
+            vocabulary[token["content"]] = token["id"]
+        words = content["pre_tokenizer"]
+        name = None
+        if words["type"] == "ByteLevel" and words.get("use_regex", True):
+            name = "gpt2"
+        for part in words.get("pretokenizers", []):
+            for known, pattern in PATTERNS.items():
+                if part["type"] == "Split" and part["pattern"].get("Regex") == pattern:
+                    name = known
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UnusableInput(f"{path}: not as expected: {type(error).__name__} {error}") from None
+    if name is None:
+        raise UnusableInput(f"{path}: pre_tokenizer: an unknown pattern of words")
+    return make_encoding(_read_ranks(path, vocabulary, merges), name)
+
+
+def _read_ranks(path: Path, vocabulary: dict, merges: list) -> dict[bytes, int]:
+    """Token bytes to id, checked: first the bytes, then the merges in their order, then the end."""
+    letters = _byte_letters()
+    byte_ids = [vocabulary.get(letter) for letter in letters]
+    if any(i not in byte_ids for i in range(256)):
+        raise UnusableInput(f"{path}: want the ids 0 to 255 for the 256 bytes")
+    if any(type(i) is not int for i in vocabulary.values()):
+        raise UnusableInput(f"{path}: want integers as ids")
+    following = 256
+    for pair in merges:
+        if len(pair) != 2 or not all(isinstance(token, str) for token in pair):
+            raise UnusableInput(f"{path}: merges: want two tokens, got {pair}")
+        token = pair[0] + pair[1]
+        if not set(token) <= letters.keys():
+            raise UnusableInput(f"{path}: {token!r} is no string of bytes")
+        # several merges in a row may make the same token
+        if vocabulary.get(token) == following:
+            following += 1
+        elif vocabulary.get(token) != following - 1:
+            raise UnusableInput(f"{path}: want the id {following} for the token {token!r}, as in "
+                                f"the merges, got {vocabulary.get(token)}")
+    if vocabulary.get(END) != following:
+        raise UnusableInput(f"{path}: want {END} as the last token, with the id {following}, got "
+                            f"{vocabulary.get(END)}")
+    if len(vocabulary) != following + 1:
+        raise UnusableInput(f"{path}: {len(vocabulary)} tokens, but the merges make "
+                            f"{following + 1}")
+    ranks = {}
+    for token, rank in vocabulary.items():
+        if token != END:
+            ranks[bytes(letters[letter] for letter in token)] = rank
+    return ranks
+
+
+def save_tokenizer(encoding: tiktoken.Encoding, folder: str | Path) -> None:
+    """Write tokenizer.json, as transformers reads it; for GPT-2's pattern also its two old files.
+
+    tiktoken merges any two neighbours whose joint bytes are a token. Hugging Face merges only pairs
+    that are listed. So list all splits of each token into two tokens, in the order of its id.
+    """
+    letter_of = {byte: letter for letter, byte in _byte_letters().items()}
+    vocabulary = {}
+    for token in sorted(encoding.token_byte_values(), key=encoding.encode_single_token):
+        text = "".join(letter_of[byte] for byte in token)
+        vocabulary[text] = encoding.encode_single_token(token)
+    merges = []
+    for text in vocabulary:
+        for cut in range(1, len(text)):
+            if text[:cut] in vocabulary and text[cut:] in vocabulary:
+                merges.append([text[:cut], text[cut:]])
+    vocabulary[END] = encoding.eot_token
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": PATTERNS[encoding.name]},
+             "behavior": "Isolated", "invert": False}
+    content = {
+        "version": "1.0",
+        "added_tokens": [{"id": encoding.eot_token, "content": END, "single_word": False,
+                          "lstrip": False, "rstrip": False, "normalized": False,
+                          "special": True}],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
+    }
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END,
+                "clean_up_tokenization_spaces": False}
+    files = {"tokenizer.json": json.dumps(content), "tokenizer_config.json": json.dumps(settings)}
+    if encoding.name == "gpt2":
+        # one merge for each token is what these files hold
+        one = {left + right: f"{left} {right}" for left, right in reversed(merges)}
+        lines = [one[token] for token in vocabulary if token in one]
+        files["vocab.json"] = json.dumps(vocabulary)
+        files["merges.txt"] = "\n".join(["#version: 0.2", *lines]) + "\n"
+    for name, text in files.items():
+        Path(folder, name).write_text(text, encoding="utf-8")
+
+
+def _byte_letters() -> dict[str, int]:
+    """How GPT-2's files write the 256 bytes: printable ones as themselves, others as U+0100 on."""
+    letters = {}
+    others = 0
+    for byte in range(256):
+        if chr(byte).isprintable() and chr(byte) != " ":
+            letters[chr(byte)] = byte
+        else:
+            letters[chr(256 + others)] = byte
+            others += 1
+    return letters

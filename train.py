@@ -35,7 +35,8 @@ from torch import Tensor
 import vbon
 from model import GPT, UnusableInput, add_adapters, lm_loss, merge_adapters, token_kl
 from reward import (RewardFile, builtin_reviews, decode, encode, load_reviews, load_reward,
-                    pretrained_encoding, reward_of_texts, train_classifier, train_tokenizer)
+                    pretrained_encoding, reward_of_texts, save_tokenizer, train_classifier,
+                    train_tokenizer)
 
 # ------------------------------------------------------------------------------------- the settings
 
@@ -194,6 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = out / f"policy-n{n}-seed{seed}"
     if my_rank() == 0:
         policy.save_pretrained(folder)
+        save_tokenizer(text.encoding, folder)
     print(f"\n{time.time() - began:.0f} s; {out}/ holds the picture vbon.png, answers in "
           f"samples.txt,\nand the policy in {folder.name}")
 

@@ -8,7 +8,8 @@ import torch
 import reward
 from model import UnusableInput
 from reward import (PATTERN, Classifier, builtin_reviews, decode, encode, load_reviews,
-                    pretrained_encoding, train_classifier, train_tokenizer)
+                    make_encoding, pretrained_encoding, save_tokenizer, train_classifier,
+                    train_tokenizer)
 
 ODD = ["", " ", "a film", "naïve café", "日本語の映画", "🎬🍿", "tabs\t\n\n  and\r\n",
        "'s don't 12_3__ !?", "\x00\u2028é", "<|endoftext|>"]
@@ -303,3 +304,94 @@ def test_text_that_is_not_utf_8_is_refused_with_its_place(tmp_path):
     (tmp_path / "neg.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(UnusableInput, match=r"neg.txt: not UTF-8 text \(byte 3\)"):
         load_reviews(tmp_path)
+
+
+# --------------------------------------------------------------- tokenizers in Hugging Face folders
+
+def change_tokenizer(folder, change):
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.fixture()
+def saved(tmp_path):
+    """A small tokenizer of ours, and the folder that it was saved in."""
+    encoding = train_tokenizer([text for text, _ in builtin_reviews(200, 0)], 400)
+    save_tokenizer(encoding, tmp_path)
+    return encoding, tmp_path
+
+
+def test_a_saved_tokenizer_is_read_back_as_it_was(saved):
+    encoding, folder = saved
+    again = pretrained_encoding(folder)
+    assert again.name == "vbon"
+    assert again.token_byte_values() == encoding.token_byte_values()
+    for text in ["", "the film was great .", "naïve 🎬", "tabs\t\n  x_1"]:
+        assert again.encode_ordinary(text) == encoding.encode_ordinary(text)
+
+
+def test_all_splits_of_a_token_are_listed_in_the_order_of_ids(saved):
+    encoding, folder = saved
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    vocab = model["vocab"]
+    ids = [vocab[left + right] for left, right in model["merges"]]
+    assert ids == sorted(ids)
+    listed = {tuple(pair) for pair in model["merges"]}
+    for token in vocab:
+        for cut in range(1, len(token)):
+            if token[:cut] in vocab and token[cut:] in vocab and token != "<|endoftext|>":
+                assert (token[:cut], token[cut:]) in listed
+
+
+def test_merges_may_be_strings(saved):
+    encoding, folder = saved
+
+    def as_strings(content):
+        content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    change_tokenizer(folder, as_strings)
+    assert pretrained_encoding(folder).token_byte_values() == encoding.token_byte_values()
+
+
+def test_gpt2s_own_pattern_is_known_by_its_kind(saved):
+    _, folder = saved
+
+    def as_gpt2(content):
+        content["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False}
+    change_tokenizer(folder, as_gpt2)
+    assert pretrained_encoding(folder).name == "gpt2"
+
+
+def test_a_tokenizer_with_gpt2s_pattern_leaves_the_old_files_too(tmp_path):
+    ranks = {bytes([b]): b for b in range(256)} | {b"ab": 256, b"abc": 257}
+    save_tokenizer(make_encoding(ranks, "gpt2"), tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    again = pretrained_encoding(tmp_path)
+    assert again.name == "gpt2"
+    assert again.encode_ordinary("abc ab") == [257, 32, 256]
+
+
+CHANGES = {
+    "another kind of model": lambda content: content["model"].update(type="WordPiece"),
+    "an unknown pattern": lambda content: content["pre_tokenizer"].update(
+        pretokenizers=[{"type": "Split", "pattern": {"Regex": "x"}}]),
+    "no pattern": lambda content: content.update(
+        pre_tokenizer={"type": "ByteLevel", "use_regex": False}),
+    "no merges": lambda content: content["model"].pop("merges"),
+    "a merge of three": lambda content: content["model"]["merges"].append(["a", "b", "c"]),
+    "merges in another order": lambda content: content["model"]["merges"].reverse(),
+    "one more token": lambda content: content["added_tokens"].append({"content": "[PAD]",
+                                                                      "id": 400}),
+    "an end that is not last": lambda content: content["added_tokens"][0].update(id=0),
+    "no pre_tokenizer": lambda content: content.update(pre_tokenizer=None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_other_tokenizers_are_refused_by_name(saved, change):
+    _, folder = saved
+    change_tokenizer(folder, change)
+    with pytest.raises(UnusableInput, match="tokenizer.json") as error:
+        pretrained_encoding(folder)
+    assert "\n" not in str(error.value)
