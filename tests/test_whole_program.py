@@ -82,7 +82,8 @@ def exact_best_of(n, prob, reward):
 
 def exact_row(policy, ref, bon, reward):
     """What the table estimates, for one prompt."""
-    wins = (ref * (reward < reward[:, None])).sum(1) + (ref * (reward == reward[:, None])).sum(1) / 2
+    lower = (ref * (reward < reward[:, None])).sum(1)
+    wins = lower + (ref * (reward == reward[:, None])).sum(1) / 2
     return {"reward": policy @ reward, "win_rate": policy @ wins,
             "kl_ref": policy @ (policy / ref).log(), "kl_bon": policy @ (policy / bon).log(),
             "positive": policy @ (reward > 0).double()}
