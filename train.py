@@ -74,11 +74,7 @@ class Settings:
 def choose_settings(args: argparse.Namespace, n: int, data: list | None, given: "Given | None"
                     ) -> Settings:
     """The settings for this kind of text and model, and what the command line says."""
-    s = Settings()
-    if args.prompt_tokens is not None:
-        s = dataclasses.replace(s, prompt_tokens=args.prompt_tokens)
-    if args.length is not None:
-        s = dataclasses.replace(s, length=args.length)
+    s = Settings(prompt_tokens=args.prompt_tokens or 4, length=args.length or 24)
     if data is not None:
         # real text has more different words and sentences than the built-in one: more of everything
         s = dataclasses.replace(
@@ -121,13 +117,12 @@ def choose_settings(args: argparse.Namespace, n: int, data: list | None, given: 
         # For a large N, poor responses must become very improbable. The policy samples them ever
         # more seldom, so it learns this slowly.
         s = dataclasses.replace(s, steps=3 * s.steps)
-    if args.lm_steps is not None:
-        s = dataclasses.replace(s, lm_steps=args.lm_steps)
-    if args.steps is not None:
-        s = dataclasses.replace(s, steps=args.steps)
-    if args.m is not None:
-        s = dataclasses.replace(s, m=args.m)
-    return s
+    # last, what the command line says
+    given_flags = {}
+    for name in ("lm_steps", "steps", "m"):
+        if getattr(args, name) is not None:
+            given_flags[name] = getattr(args, name)
+    return dataclasses.replace(s, **given_flags)
 
 
 # --------------------------------------------------------------------------------------- the stages
@@ -1006,12 +1001,15 @@ def my_share(rows: Tensor) -> Tensor:
 
 def average_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Before each step of the optimizer, replace gradients by their mean over all processes."""
-    def average(*_: object) -> None:
-        for p in optimizer.param_groups[0]["params"]:
-            torch.distributed.all_reduce(p.grad)
-            p.grad /= world_size()
     if world_size() > 1:
-        optimizer.register_step_pre_hook(average)
+        optimizer.register_step_pre_hook(average_now)
+
+
+def average_now(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Replace each gradient by its mean over all processes."""
+    for p in optimizer.param_groups[0]["params"]:
+        torch.distributed.all_reduce(p.grad)
+        p.grad /= world_size()
 
 
 def from_first_process(content: bytes) -> bytes:
