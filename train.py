@@ -161,8 +161,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- reference samples: F, the CDF of the reward, is estimated from their rewards
     samples, held, draws = get_samples(out, reference, reward, text, settings, seed)
-    say(f"reference samples: {samples.reward.numel()} to train with, "
-        f"{held.reward.numel()} for F in the evaluation, {draws.reward.numel()} for best of {n}")
+    say(f"reference samples: {samples.reward.numel()} to train with, {held.reward.numel()} to "
+        f"evaluate with,\n  {draws.reward.numel()} for best of {n}")
 
     # ---- fine-tuning: make one sample of the policy look like the best of n
     policy, history, seconds = get_policy(out, reference, reward, text.prompts, samples, n,
@@ -517,8 +517,8 @@ def print_table(rows: list[dict], held_rewards: Tensor) -> None:
         print("\nAll rewards of a prompt are the same: there is nothing to learn.")
     elif ties > 0.01:
         print(f"\nIn {ties:.0%} of all pairs of reference responses, both have the same reward.")
-    print("\nKLs in nats per answer; ± standard error over prompts. vBoN has worked if its row is\n"
-          "near that of best-of-N, and its KL to BoN near 0, with one sample for an answer.")
+    print("\nKLs in nats per answer; ± standard error over prompts. vBoN has worked if its row\n"
+          "is near that of best-of-N, and its KL to BoN near 0, with 1 sample for an answer.")
 
 
 def share_of_ties(rewards: Tensor) -> float:  # (P, M)
