@@ -408,9 +408,9 @@ def fine_tune(checkpoint: Path, reference: GPT, reward_fn, prompts: Tensor, ref_
 
 
 def prompts_at_a_time(model: GPT, settings: Settings) -> int:
-    """So many that the logits of their responses are at most 2^26 numbers, a quarter of a GB."""
+    """So many that the logits of their responses are at most 2^25 numbers, an eighth of a GB."""
     logits = settings.k * settings.length * model.config["vocab_size"]
-    return max(1, 2 ** 26 // logits)
+    return max(1, 2 ** 25 // logits)
 
 # ----------------------------------------------------------------------------------- the evaluation
 
