@@ -318,12 +318,13 @@ def get_samples(out: Path, reference: GPT, reward: Reward, text: Text, settings:
     """
     device = reference.wte.weight.device
     code = [source("model.py"), inspect.getsource(draw_samples)]
+    model = digest(weights(reference))                  # once: GPT-2 has half a gigabyte of them
     found = []
     for name, prompts, m in (("training", text.prompts, settings.m),
                              ("held-out", text.held_prompts, settings.m_eval),
                              ("draws", text.held_prompts, settings.m_eval)):
-        path = stage_path(out, f"samples-{name}-seed{seed}", code, weights(reference),
-                          reward.depends_on, prompts, m, settings.length, device.type, name, seed)
+        path = stage_path(out, f"samples-{name}-seed{seed}", code, model, reward.depends_on,
+                          prompts, m, settings.length, device.type, name, seed)
         saved = stored(path, draw_samples, reference, reward.fn, prompts.to(device), m,
                        settings.length, name, seed)
         found.append(Samples(**saved))

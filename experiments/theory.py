@@ -30,7 +30,8 @@ def bon_expected_reward(ref_rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P,
     It is the mean of the best reward over all sets of n of the M responses. With n = 2, rewards
     1, 2, 4 give (2 + 4 + 4) / 3. Raises ValueError for n < 1, n > M, and unusable rewards.
     """
-    _count_less_and_equal(ref_rewards)                  # says what is wrong with rewards
+    # only to be told what is wrong with the rewards, if anything is
+    vbon._count_less_and_equal(ref_rewards, ref_rewards)
     m = ref_rewards.shape[1]
     _check_n(n, m)
     ordered = ref_rewards.cpu().double().sort(-1).values
@@ -49,7 +50,7 @@ def winner_weights(rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P, M)
     of n fresh ones, exactly. Drawing with replacement would let a response compete with itself.
     Raises ValueError for n < 1, n > M, and unusable rewards.
     """
-    less, equal = _count_less_and_equal(rewards)
+    less, equal = vbon._count_less_and_equal(rewards, rewards)
     m = rewards.shape[1]
     _check_n(n, m)
     # the share of all sets of n whose best response has at most, or less than, this reward
@@ -64,16 +65,6 @@ def _share_of_sets(count: Tensor, n: int, m: int) -> Tensor:
     log_count = torch.lgamma(enough + 1) - torch.lgamma(enough - n + 1)
     log_all = math.lgamma(m + 1) - math.lgamma(m - n + 1)
     return torch.where(count >= n, (log_count - log_all).exp(), 0.0)
-
-
-def _count_less_and_equal(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of the M rewards of a prompt are lower than each, and equal to it: (P, M) twice."""
-    less_share, at_most_share = vbon.cdf_interval(rewards, rewards)
-    total = rewards.shape[1] + 1
-    less = (less_share * total).round()
-    # `cdf_interval` counts the response itself once more
-    equal = (at_most_share * total).round() - less - 1
-    return less, equal
 
 
 def _check_n(n: int, m: int) -> None:
@@ -94,7 +85,7 @@ def tilt(score: Tensor, ref_rewards: Tensor) -> dict[str, float]:  # (P, M), (P,
 
 def best_of_n(n: int, ref_rewards: Tensor) -> dict[str, float]:
     """What best-of-n attains, under the same names; win rate and KL are vbon.bon_attains'."""
-    less, equal = _count_less_and_equal(ref_rewards)
+    less, equal = vbon._count_less_and_equal(ref_rewards, ref_rewards)
     m = ref_rewards.shape[1]
     weight = (((less + equal) / m) ** n - (less / m) ** n) / equal
     found = _attained(weight, ref_rewards)
