@@ -247,6 +247,7 @@ def _read_text(path: Path) -> str:
 # ------------------------------------------------------------------- a reward of your own, on texts
 
 BATCH = 1024                                            # texts in one call
+LARGEST = 1e100                                         # reward
 
 
 class RewardFile(NamedTuple):
@@ -272,7 +273,7 @@ def load_reward(path: str | Path) -> RewardFile:
     sys.path.append(str(path.parent))                   # it may import its neighbours
     try:
         exec(compile(content, str(path), "exec"), module.__dict__)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _fault(path, error) from None
     function = getattr(module, "reward", None)
     if not callable(function):
@@ -302,8 +303,11 @@ def reward_of_texts(file: RewardFile, encoding: tiktoken.Encoding, prompt: Tenso
 def _ask(file: RewardFile, prompts: list[str], responses: list[str]) -> list[float]:
     """The rewards of one batch, checked: here they become float, whatever they were."""
     try:
-        given = list(file.function(list(prompts), list(responses)))
-    except Exception as error:
+        given = file.function(list(prompts), list(responses))
+        if isinstance(given, (dict, set, str, bytes)):      # these can be walked through as well
+            raise TypeError(f"want a sequence of numbers, got a {type(given).__name__}")
+        given = list(given)
+    except (Exception, SystemExit) as error:
         raise _fault(file.path, error) from None
     if len(given) != len(responses):
         raise UnusableInput(f"--reward {file.path}: want {len(responses)} numbers, got "
@@ -317,12 +321,11 @@ def _number(path: Path, x: object) -> float:
         x = x.item() if hasattr(x, "item") else x
     except (RuntimeError, ValueError):                  # more than one number
         pass
-    try:
-        if isinstance(x, (bool, int, float)) and math.isfinite(x):
-            return float(x)
-    except OverflowError:                               # an int beyond all floats
-        pass
-    raise UnusableInput(f"--reward {path}: want finite numbers, got {str(x)[:60]!r}")
+    # not nan, not infinite, and so that its square is still a float
+    if isinstance(x, (bool, int, float)) and abs(x) <= LARGEST:
+        return float(x)
+    raise UnusableInput(f"--reward {path}: want finite numbers, got {str(x)[:60]!r}; the largest "
+                        f"is {LARGEST:g}")
 
 
 def _fault(path: Path, error: Exception) -> UnusableInput:

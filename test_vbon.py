@@ -595,8 +595,8 @@ def quick_run(folder):
     """What the main job prints, with everything tiny."""
     import train                                               # the other tests do without it
     printed = io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
-        train.main(["--quick", "--n", "2"])
+    with contextlib.redirect_stdout(printed):
+        train.main(["--quick", "--n", "2", "--out", str(folder / "out")])
     lines = Path(folder, "out", "results.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     for row in rows:

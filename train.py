@@ -19,6 +19,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 import time
 import uuid
@@ -33,7 +34,8 @@ import torch.distributed
 from torch import Tensor
 
 import vbon
-from model import GPT, UnusableInput, add_adapters, lm_loss, merge_adapters, token_kl
+from model import (GPT, UnusableInput, add_adapters, lm_loss, merge_adapters, read_json,
+                   token_kl)
 from reward import (RewardFile, builtin_reviews, decode, encode, load_reviews, load_reward,
                     pretrained_encoding, reward_of_texts, save_tokenizer, train_classifier,
                     train_tokenizer)
@@ -134,8 +136,11 @@ def main(argv: list[str] | None = None) -> None:
     n = args.n
     seed = args.seed
     out = Path(args.out)
+    policy_folder = out / f"policy-n{n}-seed{seed}"
+    reference_folder = out / f"reference-seed{seed}"
     check_arguments(args, n)
     read_results(out)                                   # if they are damaged, say so now
+    check_folders(args, policy_folder, reference_folder)
     device = start_processes(args.device)
     check_same_arguments(args)
     judge = load_reward(args.reward) if args.reward else None
@@ -181,18 +186,18 @@ def main(argv: list[str] | None = None) -> None:
     rows = [reference_row(draws, held, n), best_of_n_row(draws, held, n, seed), policy_row]
     print_table(rows, held.reward)
 
-    # ---- what stays: results, a picture, answers
+    # ---- what stays: results, a picture, answers, the models
     made_by = describe(settings, data, given, device, judge)
-    add_results(out, [row | {"seed": seed, "beta": None} | made_by for row in rows])
+    lines = [row | {"seed": seed, "beta": None} | made_by for row in rows]
+    add_results(out, lines)
     draw_picture(out / "vbon.png", rows, draws, held, rewards, history, seed)
     report = answers(text.encoding, held_prompts[:8], reward.fn, models, settings, seed)
     write_whole(out / "samples.txt", report.encode("utf-8"))
-    folder = out / f"policy-n{n}-seed{seed}"
-    if my_rank() == 0:
-        policy.save_pretrained(folder)
-        save_tokenizer(text.encoding, folder)
+    leave_model(reference_folder, reference, text.encoding, lines[0])
+    leave_model(policy_folder, policy, text.encoding, lines[-1])
     print(f"\n{time.time() - began:.0f} s; {out}/ holds the picture vbon.png, answers in "
-          f"samples.txt,\nand the policy in {folder.name}")
+          f"samples.txt,\nthe policy in {policy_folder.name}, the reference in "
+          f"{reference_folder.name}")
 
 
 class Text(NamedTuple):
@@ -505,7 +510,7 @@ def print_table(rows: list[dict], held_rewards: Tensor) -> None:
     print(f"\n{'':14}{'reward':>7}{'win rate':>13}{'KL to ref':>14}{'KL to BoN':>14}"
           f"{'positive':>9}{'samples':>8}")
     for row in rows:
-        line = f"{title(row['method'], row['n']):14}{row['reward']:7.2f}"
+        line = f"{title(row['method'], row['n']):14}{row['reward']:#7.3g}"
         for name, width in (("win_rate", 13), ("kl_ref", 14), ("kl_bon", 14)):
             cell = f"{row[name]:.3f} ±{row[name + '_se']:.3f}"
             line += cell.rjust(width)
@@ -586,7 +591,7 @@ def draw_picture(path: Path, rows: list[dict], draws: Samples, held: Samples, po
              ("vBoN, 1 sample", "tab:red", policy_reward, policy)]
     low = draws.reward.min().item() - 0.1
     high = draws.reward.max().item() + 0.1
-    bins = torch.linspace(low, high, 50).tolist()
+    bins = torch.linspace(low, high, 50, dtype=torch.float64).tolist()
     for label, color, reward, row in shown:
         left.hist(reward.flatten().tolist(), bins, density=True, histtype="step", lw=2, color=color,
                   label=label)
@@ -788,10 +793,56 @@ def add_results(out: Path, rows: list[dict]) -> None:
     with lock(out):
         kept = {}
         for row in read_results(out) + rows:
-            made_by = {name: value for name, value in row.items() if name not in MEASURED}
-            kept[json.dumps(made_by, sort_keys=True)] = row
+            kept[json.dumps(settings_of(row), sort_keys=True)] = row
         lines = [json.dumps(row) + "\n" for row in kept.values()]
         write_whole(out / "results.jsonl", "".join(lines).encode("utf-8"))
+
+
+def settings_of(row: dict) -> dict:
+    """What made a row: all of it but what was measured."""
+    return {name: value for name, value in row.items() if name not in MEASURED}
+
+
+def check_folders(args: argparse.Namespace, *folders: Path) -> None:
+    """Refuse, before any work, to write over a model that --init reads, or that is not ours."""
+    if args.sample is not None:
+        return                                          # it leaves no models
+    for folder in folders:
+        if not folder.exists():
+            continue
+        if args.init is not None and Path(args.init).resolve() == folder.resolve():
+            raise UnusableInput(f"--init {args.init}: this run would write over it; give another "
+                                f"--out")
+        if not (folder / "settings.json").is_file():
+            raise UnusableInput(f"{folder}: not made by this program; move it away")
+
+
+def leave_model(folder: Path, model: GPT, encoding: tiktoken.Encoding, row: dict) -> None:
+    """A Hugging Face folder with model, tokenizer, and settings.json, which says what made it.
+
+    It is made in another place. Once it is whole, it takes the place of an older one.
+    """
+    if my_rank() != 0:
+        return
+    new = out_of_sight(folder)
+    model.save_pretrained(new)
+    save_tokenizer(encoding, new)
+    settings = settings_of(row) | {"weights": digest(weights(model))}
+    content = json.dumps(settings, indent=2) + "\n"
+    (new / "settings.json").write_text(content, encoding="utf-8")
+    with lock(folder.parent):
+        if folder.exists():
+            if read_json(folder / "settings.json").get("weights") != settings["weights"]:
+                print(f"  {folder} was made by other settings: it is replaced")
+            old = out_of_sight(folder)
+            folder.replace(old)
+            shutil.rmtree(old)
+        new.replace(folder)
+
+
+def out_of_sight(folder: Path) -> Path:
+    """A new place for a folder that is not whole, in the cache, where all may be deleted."""
+    return folder.parent / "cache" / f"{folder.name}.{uuid.uuid4().hex}.part"
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     for n in args.n:
         check_arguments(args, n, train.choose_settings(args, n, data, given))
     train.read_results(out)                             # if they are damaged, say so now
+    train.check_folders(args, *all_folders(args, out))
 
     rows = []
     pool = []                                           # held-out reference rewards of all seeds
@@ -64,6 +65,11 @@ def main(argv: list[str] | None = None) -> None:
             decoded = measure_decoding(world, n, betas[n], seed, made_by)
             trained, rewards = measure_policies(world, policies, n, settings, seed, made_by)
             train.add_results(out, decoded + trained)
+            train.leave_model(out / f"reference-seed{seed}", world.reference, world.text.encoding,
+                              decoded[0])
+            for policy, row in zip(policies, trained):
+                folder = policy_folder(args, out, policy.method, n, policy.beta, seed)
+                train.leave_model(folder, policy.model, world.text.encoding, row)
             rows += decoded
             for row, reward in zip(trained, rewards):
                 rows.append(row | distances(row, reward, world.held.reward))
@@ -78,8 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     print_table(groups, args.n, pool)
     print_comparison(groups, args.n)
     draw_picture(out / "pareto.png", rows, args.n, args.beta is not None, pool)
-    print(f"\n{time.time() - began:.0f} s; {out}/ holds a picture, pareto.png, and answers, "
-          f"samples.txt")
+    print(f"\n{time.time() - began:.0f} s; {out}/ holds a picture, pareto.png, answers, "
+          f"samples.txt, and all models")
 
 
 class World(NamedTuple):
@@ -111,6 +117,28 @@ def make_world(args: argparse.Namespace, out: Path, data: list | None, judge: Re
         question = question.to(device)
     return World(text, reference, reward, samples, held, draws, text.held_prompts.to(device),
                  question)
+
+
+def policy_folder(args: argparse.Namespace, out: Path, method: str, n: int, beta: float | None,
+                  seed: int) -> Path:
+    """Where a policy is left: policy-n4-seed0 as in train.py, policy-bound-n4-seed0, ..."""
+    if method == "vbon":
+        return out / f"policy-n{n}-seed{seed}"
+    if method == "kl-rl" and args.beta is not None:
+        return out / f"policy-kl-rl-beta{beta:g}-seed{seed}"
+    return out / f"policy-{method}-n{n}-seed{seed}"
+
+
+def all_folders(args: argparse.Namespace, out: Path) -> list[Path]:
+    """All that a run will leave."""
+    folders = []
+    for seed in args.seed:
+        folders.append(out / f"reference-seed{seed}")
+        for n in args.n:
+            for method in args.method:
+                for beta in args.beta or [None]:
+                    folders.append(policy_folder(args, out, method, n, beta, seed))
+    return folders
 
 
 def choose_betas(args: argparse.Namespace, n: int, held_rewards: Tensor) -> list[float]:

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import os
 from pathlib import Path
 
 import train
@@ -14,11 +15,15 @@ def run(*args, cwd):
     out = io.StringIO()
     error = io.StringIO()
     status = 0
-    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+    before = os.getcwd()
+    os.chdir(cwd)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         try:
             train.run(lambda: train.main([str(arg) for arg in args]), "train.py")
         except SystemExit as stop:
             status = stop.code
+        finally:
+            os.chdir(before)
     return status, out.getvalue(), error.getvalue()
 
 

@@ -1,4 +1,5 @@
 """--reward FILE.py: numbers of all kinds come in right, faults are told in one line."""
+import math
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,12 @@ FAULTS = {
     "an integer beyond all floats": ("[10 ** 400 for r in responses]", "finite numbers"),
     "complex numbers": ("[1j for r in responses]", "finite numbers"),
     "rows of two": ("torch.zeros(len(responses), 2)", "finite numbers"),
-    "an exit": ("exit_now()", "NameError"),
+    "an exit": ("exit(0)", "SystemExit: 0 .*:4"),
+    "a dictionary": ("dict.fromkeys(range(2), 1.0)", "want a sequence of numbers, got a dict"),
+    "a set": ("{1.0, 2.0}", "want a sequence of numbers, got a set"),
+    "a string": ("'12'", "want a sequence of numbers, got a str"),
+    "bytes": ("b'12'", "want a sequence of numbers, got a bytes"),
+    "a number whose square is infinite": ("[1e200 for r in responses]", "finite numbers, got '1e.200'"),
 }
 
 
@@ -67,7 +73,8 @@ def test_what_is_no_reward_is_refused_in_one_line(tmp_path, body, says):
 
 @pytest.mark.parametrize("before, says", [("def broken(:", "SyntaxError.*:2"),
                                           ("import nothing_of_this_name", "ModuleNotFound.*:2"),
-                                          ("raise ValueError('two\\nlines')", "two lines .*:2")])
+                                          ("raise ValueError('two\\nlines')", "two lines .*:2"),
+                                          ("exit(0)", "SystemExit: 0 .*:2")])
 def test_a_file_that_does_not_run_is_refused_with_its_line(tmp_path, before, says):
     with pytest.raises(UnusableInput, match=says):
         load_reward(write(tmp_path, "[1.0 for r in responses]", before))
@@ -137,6 +144,18 @@ def test_a_constant_reward_is_said_to_teach_nothing(tmp_path):
     for row in read_rows(tmp_path / "out"):
         assert (row["reward"], row["win_rate"]) == (1.5, 0.5)
         assert row["kl_ref"] == pytest.approx(0, abs=0.03)
+
+
+@pytest.mark.parametrize("scale", [1e90, -1e90, 1e-90])
+def test_a_reward_of_any_size_gives_finite_numbers_and_a_picture(scale, tmp_path):
+    path = write(tmp_path, f"[{scale} * len(r) for r in responses]")
+    code, printed, error = run("--quick", "--n", 2, "--reward", path, cwd=tmp_path)
+    assert (code, error) == (0, "")
+    table = printed.partition("positive samples\n")[2].splitlines()[:3]
+    assert max(len(line) for line in table) < 90
+    for row in read_rows(tmp_path / "out"):
+        assert all(math.isfinite(row[name]) for name in train.MEASURED[:-1])
+    assert (tmp_path / "out" / "vbon.png").exists()
 
 
 def test_a_fault_in_the_middle_of_a_run_keeps_nothing_of_the_batch(tmp_path):

@@ -46,8 +46,8 @@ def run_edited(folder):
     printed = io.StringIO()
     try:
         program = importlib.import_module("train")
-        with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
-            program.main(["--quick", "--n", "2"])
+        with contextlib.redirect_stdout(printed):
+            program.main(["--quick", "--n", "2", "--out", str(folder / "out")])
     finally:
         sys.path.remove(str(folder))
         sys.modules.update(ours)
@@ -175,7 +175,8 @@ def test_a_damaged_file_of_the_cache_is_made_again(left, copied_run, finished_ru
 
 def test_nothing_but_finished_files_is_left(finished_run):
     names = {path.name for path in (finished_run / "out").iterdir()}
-    assert names == {"cache", "policy-n2-seed0", "results.jsonl", "samples.txt", "vbon.png"}
+    assert names == {"cache", "policy-n2-seed0", "reference-seed0", "results.jsonl", "samples.txt",
+                     "vbon.png"}
     kept = {path.name for path in (finished_run / "out" / "cache").iterdir()}
     assert stages(kept - {"results.lock"}) == ALL
 
