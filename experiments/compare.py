@@ -84,8 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     print_table(groups, args.n, pool)
     print_comparison(groups, args.n)
     draw_picture(out / "pareto.png", rows, args.n, args.beta is not None, pool)
-    print(f"\n{time.time() - began:.0f} s; {out}/ holds a picture, pareto.png, answers, "
-          f"samples.txt, and all models")
+    print(f"\n{time.time() - began:.0f} s; {out}/ holds the picture pareto.png, answers in "
+          f"samples.txt,\nand all models")
 
 
 class World(NamedTuple):

@@ -386,6 +386,34 @@ def test_comparison_has_a_finite_line_for_each_method_and_seed(compared):
     assert "BoN-SFT" in (folder / "samples.txt").read_text(encoding="utf-8")
 
 
+def test_comparison_leaves_each_model_as_a_folder(compared):
+    folder, rows = compared
+    left = {path.name for path in folder.iterdir() if path.is_dir()} - {"cache"}
+    wanted = {"reference-seed0", "reference-seed1", "policy-n2-seed0", "policy-n2-seed1"}
+    for method in methods.METHODS:
+        wanted |= {f"policy-{method}-n2-seed0", f"policy-{method}-n2-seed1"}
+    assert left == wanted
+    # each has the weights of its own stage, and says which line of the results is its own
+    for row in rows:
+        if row["method"] in ("ref", "bon", "soft-bon", "vbon"):
+            continue
+        name = f"policy-{row['method']}-n2-seed{row['seed']}"
+        settings = json.loads((folder / name / "settings.json").read_text(encoding="utf-8"))
+        assert settings.pop("weights")
+        assert settings == {key: row[key] for key in row if key not in train.MEASURED}
+        stage = f"policy-{row['method']}-*-seed{row['seed']}-*.pt"
+        stored = [train.load(path)["weights"] for path in (folder / "cache").glob(stage)]
+        head = GPT.from_pretrained(folder / name).lm_head.weight
+        assert any(torch.equal(head, weights["lm_head.weight"]) for weights in stored)
+
+
+def test_comparison_refuses_to_write_over_the_model_it_starts_from(compared):
+    folder, _ = compared
+    for name in ("reference-seed0", "policy-bond-n2-seed0"):
+        with pytest.raises(UnusableInput, match="would write over it"):
+            compare.main([*ARGUMENTS.split(), str(folder), "--init", str(folder / name)])
+
+
 def test_a_given_beta_is_trained_once_for_all_n(compared, capsys):
     folder, before = compared
     compare.main(["--quick", "--out", str(folder), "--n", "2", "3", "--method", "kl-rl",
@@ -395,6 +423,7 @@ def test_a_given_beta_is_trained_once_for_all_n(compared, capsys):
         ("soft-bon", 2), ("kl-rl", 2), ("soft-bon", 3), ("kl-rl", 3)]
     assert rows[1]["reward"] == rows[3]["reward"]
     assert len(list((folder / "cache").glob("policy-kl-rl-beta0.25-*.pt"))) == 1
+    assert (folder / "policy-kl-rl-beta0.25-seed0" / "config.json").exists()
 
 
 def test_own_words_are_answered_by_all_methods(compared, capsys):
