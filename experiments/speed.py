@@ -1,0 +1,212 @@
+"""speed.py: our sampling beside transformers' generate, our update beside TRL's RLOOTrainer.
+
+    pip install transformers trl
+    python -m experiments.speed
+
+All on the CPU, in turn on one machine, medians of 5. It prints the versions, and how many times as
+long as its bare arithmetic `python train.py --n 4` takes.
+"""
+import argparse
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import train
+import vbon
+from model import GPT, add_adapters
+from reward import builtin_reviews, encode, save_tokenizer, train_tokenizer
+
+# layers, width, heads, vocabulary, responses
+SIZES = ((2, 64, 2, 768, 512), (4, 128, 4, 2048, 512), (12, 768, 12, 50257, 64))
+SETTINGS = train.Settings()
+ROOT = Path(train.__file__).parent
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Three tables."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="Only to see that it runs.")
+    args = parser.parse_args(argv)
+    repeats = 1 if args.quick else 5
+    sizes = SIZES[:1] if args.quick else SIZES
+    peak = matmul_peak()
+    versions = [f"{name} {importlib.metadata.version(name)}"
+                for name in ("torch", "transformers", "trl")]
+    print(f"Python {platform.python_version()}, {', '.join(versions)}; {torch.get_num_threads()} "
+          f"threads; a float32 product runs at {peak / 1e9:.0f} GFLOP/s")
+
+    print(f"\n{'drawing responses of 24 tokens':34}{'generate':>17}{'ours':>17}{'times faster':>14}")
+    for layers, width, heads, vocab, responses in sizes:
+        theirs, ours = time_sampling(layers, width, heads, vocab, responses, repeats)
+        name = f"{layers} layers of width {width}, {responses} at a time"
+        print(f"{name:34}{spread(theirs):>17}{spread(ours):>17}{ratio(theirs, ours):14.1f}")
+
+    print(f"\n{'one update, 512 responses':34}{'RLOOTrainer':>17}{'ours':>17}{'times faster':>14}")
+    with tempfile.TemporaryDirectory() as folder:
+        ours = time_our_update(repeats)
+        theirs = time_rloo(Path(folder), repeats)
+    print(f"{'2 layers of width 64':34}{spread(theirs):>17}{spread(ours):>17}"
+          f"{ratio(theirs, ours):14.1f}")
+
+    seconds = time_main_job(args.quick)
+    arithmetic = main_job_operations() / peak
+    print(f"\npython train.py --n 4 takes {seconds:.0f} s; its matrix products alone would take "
+          f"{arithmetic:.0f} s:\n{seconds / arithmetic:.1f} times")
+
+
+def measure(run: Callable[[], object]) -> float:
+    """How many seconds it takes."""
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def spread(seconds: list[float]) -> str:
+    """Median, and from the fastest to the slowest."""
+    return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f}-{max(seconds):.2f})"
+
+
+def ratio(theirs: list[float], ours: list[float]) -> float:
+    """How many times as fast we are, by the medians."""
+    return statistics.median(theirs) / statistics.median(ours)
+
+
+def matmul_peak() -> float:
+    """Operations per second of a product of two large matrices, the best of several."""
+    x = torch.randn(2048, 2048)
+    return 2 * 2048 ** 3 / min(measure(lambda: x @ x) for _ in range(20))
+
+# ------------------------------------------------------------------------ beside transformers
+
+def time_sampling(layers: int, width: int, heads: int, vocab: int, responses: int, repeats: int
+                  ) -> tuple[list[float], list[float]]:
+    """Seconds of generate and of our `sample`, in turn, with the same random weights."""
+    from transformers import AutoModelForCausalLM
+    generator = torch.Generator().manual_seed(0)
+    room = SETTINGS.prompt_tokens + SETTINGS.length
+    model = GPT(vocab, room, layers, heads, width, generator=generator)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        other = AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompt = torch.randint(vocab - 1, (responses // SETTINGS.k, SETTINGS.prompt_tokens),
+                           generator=generator)
+    rows = prompt.repeat_interleave(SETTINGS.k, 0)
+
+    def theirs() -> Tensor:
+        # the full softmax at temperature 1: what our `sample` draws from
+        return other.generate(rows, attention_mask=torch.ones_like(rows), do_sample=True, top_k=0,
+                              top_p=1.0, temperature=1.0, max_new_tokens=SETTINGS.length,
+                              pad_token_id=model.eot)
+
+    def ours() -> tuple[Tensor, Tensor]:
+        return model.sample(prompt, SETTINGS.k, SETTINGS.length, generator)
+
+    theirs(), ours()                                    # the first call prepares things
+    seconds = [(measure(theirs), measure(ours)) for _ in range(repeats)]
+    return [pair[0] for pair in seconds], [pair[1] for pair in seconds]
+
+# ------------------------------------------------------------------------------------ beside TRL
+
+def small_world() -> tuple:
+    """Tokenizer, model and 64 prompts of the main job; the model is not trained."""
+    texts = [text for text, _ in builtin_reviews(SETTINGS.reviews, 0)]
+    encoding = train_tokenizer(texts[:2000], SETTINGS.vocab)
+    room = SETTINGS.prompt_tokens + SETTINGS.length
+    model = GPT(encoding.n_vocab, room, SETTINGS.layers, SETTINGS.heads, SETTINGS.width,
+                generator=torch.Generator().manual_seed(0))
+    model.untie_head()
+    prompt = encode(encoding, texts[:SETTINGS.batch], SETTINGS.prompt_tokens)
+    return encoding, model, prompt
+
+
+def time_our_update(repeats: int) -> list[float]:
+    """Seconds of vbon.update, with adapters as in the main job."""
+    _, reference, prompt = small_world()
+    _, policy, _ = small_world()
+    generator = torch.Generator().manual_seed(0)
+    trained = add_adapters(policy, SETTINGS.rank, generator)
+    optimizer = torch.optim.Adam(trained, lr=SETTINGS.lr, fused=True)
+    ref_rewards = torch.randn(len(prompt), SETTINGS.m, generator=generator)
+
+    def update() -> None:
+        vbon.update(policy, reference, optimizer, count_tokens, prompt, ref_rewards, 4, SETTINGS.k,
+                    SETTINGS.length, generator)
+
+    update()
+    return [measure(update) for _ in range(repeats)]
+
+
+def count_tokens(prompt: Tensor, response: Tensor) -> Tensor:  # -> (P, K)
+    """A reward that costs nothing."""
+    return (response % 7).double().mean(-1)
+
+
+def time_rloo(folder: Path, repeats: int) -> list[float]:
+    """Seconds of a step of TRL's RLOOTrainer: the same model, prompts and sizes, all weights."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import RLOOConfig, RLOOTrainer
+    encoding, model, prompt = small_world()
+    model.save_pretrained(folder)
+    save_tokenizer(encoding, folder)
+    texts = [encoding.decode(ids) for ids in prompt.tolist()]
+    began = []
+
+    class Clock(TrainerCallback):
+        """Notes when each step begins."""
+
+        def on_step_begin(self, *_: object, **__: object) -> None:
+            began.append(time.perf_counter())
+
+    config = RLOOConfig(
+        output_dir=str(folder / "out"), use_cpu=True, bf16=False, max_steps=repeats + 2,
+        per_device_train_batch_size=SETTINGS.batch * SETTINGS.k, num_generations=SETTINGS.k,
+        max_completion_length=SETTINGS.length, beta=1.0, gradient_checkpointing=False,
+        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
+    trainer = RLOOTrainer(
+        AutoModelForCausalLM.from_pretrained(folder),
+        reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+        args=config, train_dataset=Dataset.from_dict({"prompt": texts}),
+        processing_class=AutoTokenizer.from_pretrained(folder), callbacks=[Clock()])
+    trainer.train()
+    # from one beginning to the next; the first step prepares things
+    return [after - before for before, after in zip(began[1:], began[2:])]
+
+# ----------------------------------------------------------------------------------- the main job
+
+def time_main_job(quick: bool) -> float:
+    """Seconds of `python train.py --n 4`, in an empty folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, ROOT / "train.py", "--n", "4"] + ["--quick"] * quick
+        return measure(lambda: subprocess.run(command, cwd=folder, env=os.environ, check=True,
+                                              stdout=subprocess.DEVNULL))
+
+
+def main_job_operations() -> int:
+    """Operations of its matrix products, if all responses had their full length.
+
+    A weight takes 2 operations for each token that goes forward, and 4 when it goes backward.
+    """
+    s = SETTINGS
+    weights = 12 * s.layers * s.width ** 2 + s.vocab * s.width
+    tokens = s.prompt_tokens + s.length
+    reference = s.lm_steps * s.lm_batch * 6
+    drawn = (s.prompts * s.m + 2 * s.held_prompts * s.m_eval) * 2
+    updates = s.steps * s.batch * s.k * (2 + 2 + 6)
+    evaluation = s.held_prompts * s.k_eval * (2 + 2 + 4)
+    return weights * tokens * (reference + drawn + updates + evaluation)
+
+
+if __name__ == "__main__":
+    main()
