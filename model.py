@@ -43,7 +43,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(n_embd, 3 * n_embd)
         self.c_proj = nn.Linear(n_embd, n_embd)
 
-    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cache: Tensor | None, start: int) -> Tensor:
         """(B, T, C) -> (B, T, C). With a cache, x holds the tokens from position `start` on."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=-1)
@@ -92,7 +92,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(n_embd)
         self.mlp = MLP(n_embd, activation)
 
-    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cache: Tensor | None, start: int) -> Tensor:
         """(B, T, C) -> (B, T, C); cache and start as in `Attention`."""
         x = x + self.attn(self.ln_1(x), cache, start)
         x = x + self.mlp(self.ln_2(x))

@@ -585,7 +585,9 @@ def test_the_toy_runs_with_torch_alone_and_reaches_best_of_n():
         assert best_of_n == exact
         assert float(bound) <= float(exact)
         assert float(policy) == pytest.approx(float(exact), abs=0.01)
-    kls = [float(line.split()[-1]) for line in lines if line.startswith("  step")]
+    steps = [line.split() for line in lines if line.startswith("  step")]
+    assert [step for _, step, _ in steps] == ["0", "25", "50", "100", "200", "400"]
+    kls = [float(kl) for _, _, kl in steps]
     assert kls[0] == pytest.approx(1.2007, abs=1e-4)
     assert len(kls) == 6
     assert 0 <= kls[-1] < 0.01

@@ -985,8 +985,9 @@ def random_numbers(device: torch.device | str, *names: object) -> torch.Generato
 
 # ------------------------------------------------------- several processes: skip on a first reading
 #
-# `torchrun --nproc_per_node 2 -- train.py --n 4` starts this program twice. The processes share the
-# prompts of each update and all drawing; the first one reads and writes files.
+# `torchrun --local_addr 127.0.0.1 --nproc_per_node 2 -- train.py --n 4` starts this program twice.
+# The processes share the prompts of each update and all drawing; the first one reads and writes
+# files.
 
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import model as model_file
-from model import (GPT, UnusableInput, add_adapters, download, lm_loss, merge_adapters,
+from model import (GPT, UnusableInput, add_adapters, download, draw, lm_loss, merge_adapters,
                    response_mask)
 
 CPU_ONLY = not torch.cuda.is_available()
@@ -86,6 +86,17 @@ def test_untying_keeps_the_function_and_parts_the_weights():
     assert torch.equal(model(some_tokens()), before)
     assert model.lm_head.weight is not model.wte.weight
     assert model.config["tied"] is False
+    # what changes the one does not change the other
+    embedding = model.wte.weight.detach().clone()
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    assert torch.equal(model.wte.weight, embedding)
+
+
+def test_a_draw_is_one_of_the_tokens_even_where_rounding_says_the_next():
+    # half of the products of a uniform number and the smallest float are rounded up to it
+    prob = torch.full((200, 1), 1e-45)
+    assert draw(prob, torch.Generator().manual_seed(0)).unique().tolist() == [0]
 
 
 def test_the_loss_of_a_new_model_is_that_of_guessing_and_falls():
@@ -306,8 +317,10 @@ def test_half_precision_is_read(tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_saved_model_comes_back_to_the_last_bit(tmp_path, tied):
     model = small_gpt(tied)
-    model.save_pretrained(tmp_path)
-    again = GPT.from_pretrained(str(tmp_path))
+    folder = tmp_path / "a" / "b"                        # they are made
+    GPT(3, 1, n_head=1, n_embd=2).save_pretrained(folder)
+    model.save_pretrained(folder)                       # takes the place of the other one
+    again = GPT.from_pretrained(str(folder))
     assert again.config == model.config
     assert (again.lm_head.weight is again.wte.weight) == tied
     for name, x in model.state_dict().items():

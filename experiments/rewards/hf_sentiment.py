@@ -16,6 +16,8 @@ NAME = os.environ["SENTIMENT_MODEL"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(NAME)
 model = AutoModelForSequenceClassification.from_pretrained(NAME).to(DEVICE).eval()
+# a longer text is cut; some tokenizers do not know where
+LONGEST = min(tokenizer.model_max_length, model.config.max_position_embeddings)
 
 
 @torch.no_grad()
@@ -25,6 +27,6 @@ def reward(prompts: list[str], responses: list[str]) -> list[float]:
     logits = []
     for start in range(0, len(texts), 64):
         batch = tokenizer(texts[start:start + 64], padding=True, truncation=True,
-                          return_tensors="pt").to(DEVICE)
+                          max_length=LONGEST, return_tensors="pt").to(DEVICE)
         logits += model(**batch).logits[:, -1].tolist()
     return logits
