@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import model as model_file
-from model import (GPT, UnusableInput, add_adapters, download, draw, lm_loss, merge_adapters,
-                   response_mask)
+from model import (GPT, LowRank, UnusableInput, add_adapters, download, draw, lm_loss,
+                   merge_adapters, response_mask)
 
 CPU_ONLY = not torch.cuda.is_available()
 
@@ -37,6 +37,8 @@ def test_attention_with_a_cache_is_full_attention():
     model = small_gpt()
     tokens = some_tokens()
     cache = model.new_cache(5, 12)
+    # keys and values, 5 texts, 2 heads, 12 tokens, 8 numbers; one for each block
+    assert [block.shape for block in cache] == [(2, 5, 2, 12, 8)] * 2
     states = [model.states(tokens[:, :4], cache)]
     for t in range(4, 12):
         states.append(model.states(tokens[:, t:t + 1], cache, t))
@@ -152,6 +154,13 @@ def test_only_the_adapters_are_trained():
     policy, trained = adapted_gpt(0)
     assert len(trained) == 2 * (4 * 2 + 1)              # on 4 maps in 2 blocks, and on the head
     assert sum(p.requires_grad for p in policy.parameters()) == len(trained)
+
+
+def test_an_adapter_maps_inputs_of_size_1_to_numbers_of_size_1():
+    weight = torch.zeros(3, 10_000)
+    adapter = LowRank(weight, 4, torch.Generator().manual_seed(0))
+    x = torch.randn(500, 10_000, generator=torch.Generator().manual_seed(1))
+    assert (x @ adapter.a.T).std().item() == pytest.approx(1, abs=0.05)
 
 
 def test_what_adapters_change_is_of_low_rank():
