@@ -12,7 +12,7 @@ import torch
 
 import model as model_file
 from model import (GPT, LowRank, UnusableInput, add_adapters, download, draw, lm_loss,
-                   merge_adapters, response_mask)
+                   merge_adapters, read_config, response_mask)
 
 CPU_ONLY = not torch.cuda.is_available()
 
@@ -404,6 +404,14 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, name, value):
     write_config(tmp_path, **{name: value})
     write_one(tmp_path, gpt2_weights())
     refusal(tmp_path)
+
+
+def test_a_million_is_the_largest_number_in_a_config(tmp_path):
+    write_config(tmp_path, vocab_size=10 ** 6)
+    assert read_config(tmp_path)["vocab_size"] == 10 ** 6
+    write_config(tmp_path, vocab_size=10 ** 6 + 1)
+    with pytest.raises(UnusableInput, match="vocab_size = 1000001"):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b"\xff\xfe", b"[" * 100_000])
