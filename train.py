@@ -578,9 +578,7 @@ def answers(encoding: tiktoken.Encoding, prompts: Tensor, reward_fn, models: lis
 def draw_picture(path: Path, rows: list[dict], draws: Samples, held: Samples, policy_reward: Tensor,
                  history: list[dict], seed: int) -> None:
     """Left, rewards on held-out prompts as histograms; right, the way of the policy in training."""
-    os.environ["MPLBACKEND"] = "agg"                    # no window, whatever a notebook has set
-    from matplotlib import pyplot                       # here, so that --help need not wait for it
-
+    pyplot = plain_pyplot()
     reference, best, policy = rows
     n = best["n"]
     _, best_reward = choose_best(draws, n, seed)
@@ -619,6 +617,18 @@ def draw_picture(path: Path, rows: list[dict], draws: Samples, held: Samples, po
     figure.savefig(picture, format="png", dpi=120)
     pyplot.close(figure)
     write_whole(path, picture.getvalue())
+
+
+def plain_pyplot():
+    """matplotlib.pyplot, without a window and with its own defaults.
+
+    A notebook or a matplotlibrc may have set others. It is imported here, so that --help need not
+    wait for it.
+    """
+    os.environ["MPLBACKEND"] = "agg"
+    from matplotlib import pyplot
+    pyplot.rcdefaults()
+    return pyplot
 
 # -------------------------------------------------------- the command line: skip on a first reading
 
@@ -1002,6 +1012,8 @@ def start_processes(device: str) -> torch.device:
                             f"{missing} is not set; start them by torchrun, or unset WORLD_SIZE")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UnusableInput(f"--device {device}: want cpu, cuda or mps")
     if device == "cuda" and several:
         device = f"cuda:{given['LOCAL_RANK']}"
     try:

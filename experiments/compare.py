@@ -8,7 +8,6 @@ train.py. For each seed: text, reward, reference samples; then for each N: fine-
 import argparse
 import io
 import math
-import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -436,9 +435,7 @@ LINES = (("best-of-n", ".", "tab:blue", "best of 1, 2, 3, ..., in theory"),
 def draw_picture(path: Path, rows: list[dict], ns: list[int], beta_given: bool, pool: Tensor
                  ) -> None:
     """Win rate and reward against the KL to the reference: theory as lines, results as points."""
-    os.environ["MPLBACKEND"] = "agg"                    # no window, whatever a notebook has set
-    from matplotlib import pyplot                       # here, so that --help need not wait for it
-
+    pyplot = train.plain_pyplot()
     # Seeds have other texts and classifiers: each has its own zero of the reward.
     own = {row["seed"]: row["reward"] for row in rows if row["method"] == "ref"}
     shifted = [row | {"reward": row["reward"] - own[row["seed"]]} for row in rows]

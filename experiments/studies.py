@@ -13,7 +13,6 @@ import argparse
 import copy
 import io
 import math
-import os
 import time
 from pathlib import Path
 
@@ -180,9 +179,7 @@ def print_study_of_m(errors: list[dict], trained: dict[int, list[dict]], n: int)
 
 def draw_picture(path: Path, errors: list[dict], trained: dict[int, list[dict]], n: int) -> None:
     """The errors of F and of log F against M, and the KL to best-of-N of what was trained."""
-    os.environ["MPLBACKEND"] = "agg"                    # no window, whatever a notebook has set
-    from matplotlib import pyplot                       # here, so that --help need not wait for it
-
+    pyplot = train.plain_pyplot()
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     left.loglog(MS, [error["dkw"] for error in errors], "k:", label="bound of the 95 % (DKW)")
     left.loglog(MS, [error["sup_95"] for error in errors], "o-", label="95 % quantile")

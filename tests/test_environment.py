@@ -18,6 +18,9 @@ def start(folder, *args, **variables):
 
 
 def test_variables_of_a_notebook_do_no_harm(tmp_path):
+    # a font that is not there, and text by a program that is not
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: none\nbackend: TkAgg\n",
+                                           encoding="utf-8")
     done = start(tmp_path, MPLBACKEND="module://matplotlib_inline.backend_inline", RANK="3",
                  LOCAL_RANK="x", WORLD_SIZE="1", MASTER_PORT="none")
     _, error = done.communicate()
