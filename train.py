@@ -866,14 +866,20 @@ def lock(out: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except ImportError:                             # Windows
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-        except OSError:                                 # some network folders
+            wait_for_lock(file)
+        except OSError:                                 # some network folders have no locks
             pass
         yield
+
+
+def wait_for_lock(file: io.TextIOWrapper) -> None:
+    """Return once no other process holds the lock of this file."""
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except ImportError:                                 # Windows
+        import msvcrt
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
 
 
 def write_whole(path: Path, content: bytes) -> None:
