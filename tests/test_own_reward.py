@@ -146,6 +146,13 @@ def test_a_constant_reward_is_said_to_teach_nothing(tmp_path):
         assert row["kl_ref"] == pytest.approx(0, abs=0.03)
 
 
+def test_the_largest_number_is_still_a_reward(tmp_path):
+    file = load_reward(write(tmp_path, "[-1e100, 1e100]"))
+    response = torch.full((1, 2, 2), EOT)
+    assert reward_of_texts(file, ENCODING, torch.tensor([[97]]), response).tolist() == [
+        [-1e100, 1e100]]
+
+
 @pytest.mark.parametrize("scale", [1e90, -1e90, 1e-90])
 def test_a_reward_of_any_size_gives_finite_numbers_and_a_picture(scale, tmp_path):
     path = write(tmp_path, f"[{scale} * len(r) for r in responses]")

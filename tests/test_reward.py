@@ -1,4 +1,5 @@
 """The tokenizer, the classifier, the built-in reviews, and reviews in folders."""
+import hashlib
 import json
 
 import pytest
@@ -194,6 +195,9 @@ def test_a_seed_always_gives_the_same_reviews():
     assert builtin_reviews(50, 1) == builtin_reviews(50, 1)
     assert builtin_reviews(50, 1) != builtin_reviews(50, 2)
     assert builtin_reviews(50, 1) == builtin_reviews(60, 1)[:50]
+    # on every machine, so that results can be compared
+    lines = "\n".join(f"{label} {text}" for text, label in builtin_reviews(1000, 0))
+    assert hashlib.sha256(lines.encode()).hexdigest()[:16] == "b4bcf6a90dc12fbf"
 
 
 def test_built_in_reviews_are_different_and_balanced():
@@ -330,6 +334,28 @@ def test_a_saved_tokenizer_is_read_back_as_it_was(saved):
     assert again.token_byte_values() == encoding.token_byte_values()
     for text in ["", "the film was great .", "naïve 🎬", "tabs\t\n  x_1"]:
         assert again.encode_ordinary(text) == encoding.encode_ordinary(text)
+
+
+def test_a_saved_tokenizer_says_how_transformers_shall_use_it(saved):
+    encoding, folder = saved
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    del content["model"]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": False}
+    words = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated",
+             "invert": False}
+    assert content == {
+        "version": "1.0",
+        "added_tokens": [{"id": 399, "content": "<|endoftext|>", "special": True,
+                          "single_word": False, "lstrip": False, "rstrip": False,
+                          "normalized": False}],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, byte_level]},
+        "decoder": byte_level,
+    }
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert settings == {"tokenizer_class": "PreTrainedTokenizerFast",
+                        "clean_up_tokenization_spaces": False,
+                        "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
 
 
 def test_all_splits_of_a_token_are_listed_in_the_order_of_ids(saved):
