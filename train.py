@@ -392,11 +392,7 @@ def fine_tune(checkpoint: Path, reference: GPT, reward_fn, prompts: Tensor, ref_
     first, history, before = resume(checkpoint, trained, optimizer)
     began = time.time() - before
     for step in range(first, settings.steps):
-        # the learning rate is constant for half of the steps, then it falls along a cosine
-        progress = step / settings.steps
-        if progress > 0.5:
-            factor = 0.5 * (1 + math.cos(math.pi * (2 * progress - 1)))
-            optimizer.param_groups[0]["lr"] = factor * settings.lr
+        optimizer.param_groups[0]["lr"] = settings.lr * decay(step, settings.steps)
         # each step has its own random numbers: a run that goes on after a stop ends the same
         order = torch.randperm(len(prompts), generator=random_numbers("cpu", "batch", seed, step))
         rows = my_share(order[:settings.batch])            # of this process; usually all
@@ -411,6 +407,14 @@ def fine_tune(checkpoint: Path, reference: GPT, reward_fn, prompts: Tensor, ref_
     merge_adapters(policy)
     return {"config": policy.config, "weights": policy.state_dict(), "history": history,
             "seconds": time.time() - began}
+
+
+def decay(step: int, steps: int) -> float:
+    """The learning rate, as a share of its start: 1 for half of the steps, then along a cosine."""
+    progress = step / steps
+    if progress <= 0.5:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (2 * progress - 1)))
 
 
 def prompts_at_a_time(model: GPT, settings: Settings) -> int:

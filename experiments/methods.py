@@ -182,11 +182,7 @@ def fine_tune(method: str, beta: float | None, checkpoint: Path, reference: GPT,
     first, history, before = train.resume(checkpoint, trained, optimizer)
     began = time.time() - before
     for step in range(first, settings.steps):
-        # the learning rate is constant for half of the steps, then it falls along a cosine
-        progress = step / settings.steps
-        if progress > 0.5:
-            factor = 0.5 * (1 + math.cos(math.pi * (2 * progress - 1)))
-            optimizer.param_groups[0]["lr"] = factor * settings.lr
+        optimizer.param_groups[0]["lr"] = settings.lr * train.decay(step, settings.steps)
         # the batches are the same for all methods, and for vBoN
         shuffle = train.random_numbers("cpu", "batch", seed, step)
         order = torch.randperm(len(prompts), generator=shuffle)

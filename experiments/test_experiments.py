@@ -270,6 +270,39 @@ def exact_kl(policy, goal, forward):
     return (logprob.exp() * (logprob - goal)).sum().item()
 
 
+@pytest.mark.parametrize("part", [1, 2])
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_what_is_watched_are_the_exact_means(method, part, monkeypatch):
+    """The same prompt twice, in one part or in two; a policy that is not the reference."""
+    n = 3
+    reference, prompt, strings = tiny_world()
+    policy, _, _ = tiny_world()
+    for p in policy.parameters():
+        p.data *= 1.3
+    cached, logprob = reference.sample(prompt, 5_000, 3, torch.Generator().manual_seed(0))
+    batch = train.Samples(*[x.repeat(2, *[1] * (x.dim() - 1)) for x in (
+        cached, logprob, world_reward(prompt, cached))], 0.0)
+    settings = train.Settings(k=8_000, steps=10, length=3)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    generator = torch.Generator().manual_seed(1)
+    monkeypatch.setattr(train, "prompts_at_a_time", lambda *_: part)
+    found = methods.update(method, 12.0, policy, reference, optimizer, world_reward,
+                           prompt.repeat(2, 1), batch, n, 9, settings, generator)
+    with torch.no_grad():
+        log_p = policy.logprob(prompt, strings)[0].double()
+        log_q = reference.logprob(prompt, strings)[0].double()
+    reward = world_reward(prompt, strings)
+    wins = vbon.win_rate(reward, batch.reward[:1])[0]
+    weights = vbon.bon_target(log_q[None], reward, batch.reward[:1], n)[0].exp()
+    exact = {"win_rate": (log_p.exp() * wins).sum().item(),
+             "kl_ref": (log_p.exp() * (log_p - log_q)).sum().item(),
+             "nll": -(weights * log_p).sum().item() / weights.sum().item()}
+    assert set(found) == {"bound": {"win_rate", "kl_ref"}, "kl-rl": {"win_rate", "kl_ref"},
+                          "bon-sft": {"nll"}, "bond": set(exact)}[method]
+    for name, value in found.items():
+        assert value == pytest.approx(exact[name], abs=0.03), name
+
+
 def test_parts_of_a_batch_change_nothing():
     """Gradients of parts add up. With n = M, every winner is the best of all: nothing is drawn."""
     reference, _, _ = tiny_world()

@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import math
 import os
 import shutil
 import subprocess
@@ -139,6 +140,12 @@ def test_a_setting_repeats_what_depends_on_it(name, value, repeated, copied_run,
     before = cached(copied_run / "out")
     assert run("--quick", "--n", 2, cwd=copied_run)[0] == 0
     assert stages(cached(copied_run / "out") - before) == repeated
+
+
+def test_the_learning_rate_is_constant_for_half_of_the_steps_and_then_falls():
+    rates = [train.decay(step, 8) for step in range(8)]
+    half = math.sqrt(0.5)
+    assert rates == pytest.approx([1, 1, 1, 1, 1, (1 + half) / 2, 0.5, (1 - half) / 2])
 
 
 def test_another_n_needs_a_policy_and_nothing_else(copied_run):
