@@ -272,7 +272,8 @@ def exact_kl(policy, goal, forward):
 
 @pytest.mark.parametrize("part", [1, 2])
 @pytest.mark.parametrize("method", methods.METHODS)
-def test_what_is_watched_are_the_exact_means(method, part, monkeypatch):
+def test_an_update_follows_the_exact_gradient_and_reports_the_exact_means(method, part,
+                                                                          monkeypatch):
     """The same prompt twice, in one part or in two; a policy that is not the reference."""
     n = 3
     reference, prompt, strings = tiny_world()
@@ -288,15 +289,29 @@ def test_what_is_watched_are_the_exact_means(method, part, monkeypatch):
     monkeypatch.setattr(train, "prompts_at_a_time", lambda *_: part)
     found = methods.update(method, 12.0, policy, reference, optimizer, world_reward,
                            prompt.repeat(2, 1), batch, n, 9, settings, generator)
-    with torch.no_grad():
-        log_p = policy.logprob(prompt, strings)[0].double()
-        log_q = reference.logprob(prompt, strings)[0].double()
+    found_gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+    # the same by sums over all 40 responses
+    log_p = policy.logprob(prompt, strings)[0].double()
+    log_q = reference.logprob(prompt, strings)[0].detach().double()
     reward = world_reward(prompt, strings)
-    wins = vbon.win_rate(reward, batch.reward[:1])[0]
-    weights = vbon.bon_target(log_q[None], reward, batch.reward[:1], n)[0].exp()
+    refs = batch.reward[:1]
+    wins = vbon.win_rate(reward, refs)[0]
+    log_bon = vbon.bon_target(log_q[None], reward, refs, n)[0]
+    bound = vbon.bon_logprob_bound(log_q[None], vbon.empirical_cdf(reward, refs).log(), n)[0]
+    weights = log_bon.exp() / log_bon.exp().sum()       # of the winners
+    reverse = (log_p.exp() * (log_p - log_bon)).sum()
+    forward = -(weights * log_p).sum()
+    loss = {"bound": (log_p.exp() * (log_p - bound)).sum(),
+            "kl-rl": (log_p.exp() * (log_p - log_q - reward[0] / 12)).sum(),
+            "bon-sft": forward,
+            "bond": (forward + reverse) / 2}[method]
+    gradient = torch.autograd.grad(loss, list(policy.parameters()))
+    gradient = torch.cat([x.flatten() for x in gradient])
+    assert (found_gradient - gradient).norm() < 0.1 * gradient.norm()
     exact = {"win_rate": (log_p.exp() * wins).sum().item(),
              "kl_ref": (log_p.exp() * (log_p - log_q)).sum().item(),
-             "nll": -(weights * log_p).sum().item() / weights.sum().item()}
+             "nll": forward.item()}
     assert set(found) == {"bound": {"win_rate", "kl_ref"}, "kl-rl": {"win_rate", "kl_ref"},
                           "bon-sft": {"nll"}, "bond": set(exact)}[method]
     for name, value in found.items():
