@@ -303,6 +303,15 @@ def test_too_few_reviews_are_refused(tmp_path):
     assert len(load_reviews(tmp_path)) == 220
 
 
+def test_too_few_prompts_are_refused(tmp_path):
+    lines = [f"text number {i}" for i in range(100)]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+    assert len(load_reviews(tmp_path, labelled=False)) == 100
+    (tmp_path / "prompts.txt").write_text("\n".join(lines[1:]), encoding="utf-8")
+    with pytest.raises(UnusableInput, match="99"):
+        load_reviews(tmp_path, labelled=False)
+
+
 def test_text_that_is_not_utf_8_is_refused_with_its_place(tmp_path):
     write_lines(tmp_path, PRAISE, BLAME)
     (tmp_path / "neg.txt").write_bytes(b"caf\xe9\n")
