@@ -258,6 +258,7 @@ def get_reference(out: Path, text: Text, given: "Given | None", settings: Settin
     path = stage_path(out, f"reference-model-seed{seed}", code, text.tokens, text.n_unseen, shape,
                       start, settings.lm_steps, settings.lm_batch, settings.lm_lr, device.type,
                       seed)
+    # calls train_reference(text, ...), unless the file is there
     saved = stored(path, train_reference, text, given, shape, settings, seed, device)
     return load_model(saved, device), math.exp(saved["nats"])
 
@@ -289,8 +290,8 @@ def train_reference(text: Text, given: "Given | None", shape: dict, settings: Se
     with torch.no_grad():
         parts = text.tokens[:text.n_unseen].split(64)
         nats = [lm_loss(model, part.to(device)).item() for part in parts]
-    # The policy will be a copy of this model. Its head must be able to change without changing how
-    # the model reads tokens.
+    # The policy will be a copy of this model. Input embedding and output head have been one matrix;
+    # the policy's head must be able to change without changing how the model reads tokens.
     model.untie_head()
     return {"config": model.config, "weights": model.state_dict(), "nats": sum(nats) / len(nats)}
 
@@ -388,7 +389,7 @@ def fine_tune(checkpoint: Path, reference: GPT, reward_fn, prompts: Tensor, ref_
     policy = copy.deepcopy(reference)
     trained = add_adapters(policy, settings.rank, random_numbers("cpu", "adapters", seed))
     optimizer = torch.optim.Adam(trained, lr=settings.lr, betas=(0.9, 0.99), fused=True)
-    average_gradients(optimizer)                        # over processes, if there are several
+    average_gradients(optimizer)                        # from now on, in each optimizer.step()
     first, history, before = resume(checkpoint, trained, optimizer)
     began = time.time() - before
     for step in range(first, settings.steps):

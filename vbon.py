@@ -46,8 +46,8 @@ def empirical_cdf(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P,
     """Estimate F of equation (1) as (rank + 1) / (M + 1), where rank = #{r_j < r}.
 
     Reward 2.5 against 1, 2, 2, 3 has rank 3, so F = 4/5; reward 2 has rank 1, so F = 2/5.
-    The + 1 keeps log F finite for a response that scores below all M. Raises ValueError for wrong
-    shapes and for rewards that are empty or not finite.
+    The + 1 keeps log F finite for a response that scores below all M. Returns float64, on the CPU.
+    Raises ValueError for wrong shapes and for rewards that are empty or not finite.
     """
     less, _ = _count_less_and_equal(reward, ref_rewards)
     m = ref_rewards.shape[1]
@@ -55,9 +55,10 @@ def empirical_cdf(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P,
 
 
 def cdf_interval(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """F_lt and F_le, each (P, K), another way: y is one of M + 1 responses. Only for comparison.
+    """Another estimate of F_lt and F_le, each (P, K): y counts as one of M + 1 responses.
 
-    Reward 2 against 1, 2, 2, 3 gives 1/5 and 4/5. Over y ~ π_ref, π_bon/π_ref then has mean 1.
+    Reward 2 against 1, 2, 2, 3 gives 1/5 and 4/5. Over y ~ π_ref, π_bon/π_ref then has mean 1. It
+    stands here to be compared with (7); nothing in training uses it.
     """
     less, equal = _count_less_and_equal(reward, ref_rewards)
     total = ref_rewards.shape[1] + 1
@@ -168,10 +169,11 @@ def bon_attains(ref_rewards: Tensor, n: int) -> tuple[float, float]:  # (P, M) -
     m = ref_rewards.shape[1]
     cdf_lt = less / m
     cdf_le = (less + equal) / m
-    # how many times as probable best-of-n makes each of the M responses
+    # how many times as probable best-of-n makes each of the M responses: π_bon / π_ref
     ratio = (cdf_le ** n - cdf_lt ** n) / (cdf_le - cdf_lt)
-    kl = torch.xlogy(ratio, ratio)                 # ratio · log ratio; its mean is the KL
-    wins = ratio * (cdf_lt + cdf_le) / 2
+    # a mean over best-of-n is a mean over the M responses, each counted `ratio` times
+    kl = torch.xlogy(ratio, ratio)                 # ratio · log ratio
+    wins = ratio * (cdf_lt + cdf_le) / 2           # it beats F_lt, and half of what ties
     return kl.mean().item(), wins.mean().item()
 
 # ---------------------------------------------------------------- 3. the objective and its gradient
@@ -189,15 +191,17 @@ def leave_one_out(score: Tensor) -> Tensor:  # (P, K) -> (P, K)
 
 
 def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (P, K) -> ()
-    """A surrogate for -J: its *gradient* is minus (6), if y was sampled from π_θ.
+    """A number whose *gradient* is minus (6), if y was sampled from π_θ: a surrogate for -J.
 
-    Its value means nothing; watch the KL to π_bon instead. Raises ValueError for K < 2, unequal
+    Minus, since an optimizer minimises; the mean is over prompts and responses. Its value means
+    nothing; watch the KL to π_bon instead. Raises ValueError for K < 2, unequal
     shapes and log-probabilities that are not finite.
     """
     _check_shapes(logprob, log_target)
     logprob = _float64(logprob)
-    # The score is a number for each response: no gradient flows through it. When π_θ reaches the
-    # target it is the same for every response, and the noise of the gradient is zero.
+    # Detached: in (6) the score is a number. Else autograd would differentiate it too, and add
+    # -log π_θ · ∇ log π_θ. When π_θ reaches the target, the score is the same for every response,
+    # and the noise of the gradient is zero.
     score = (_float64(log_target) - logprob).detach()
     if not score.isfinite().all():
         raise ValueError("want finite log-probabilities, got nan or inf")
@@ -210,7 +214,8 @@ def grow(n: int, step: int, steps: int) -> int:
     """The N to aim for at this step: it grows from 2 to n over the first 40 % of the steps.
 
     At first the policy is the reference, and has many poor responses. A large N would give them a
-    very negative (N-1) · log F, and a few of them would decide the gradient.
+    very negative (N-1) · log F, and a few of them would decide the gradient. For n = 4 and 90 steps
+    it is 2 for 18 steps, 3 for 10, then 4. The KL to best of *this* N jumps where N does.
     """
     progress = min(1.0, (step + 1) / (0.4 * steps))
     return math.ceil(n ** progress)
