@@ -255,7 +255,7 @@ def distances(row: dict, reward: Tensor, held_rewards: Tensor) -> dict[str, floa
 
     reward (P', K) are the rewards of its responses, held_rewards (P', M) those of the reference.
     For win_rate and reward: `below_*` of the row; `aim_below_*` of the aim; `left_*`, what training
-    has left undone: the difference of the two. Also the aim itself, `aim_win_rate`, `aim_kl_ref`.
+    has left undone: the difference of the two. Also the aim itself: aim_win_rate, aim_kl_ref, aim_kl_bon.
     """
     aim = theory.aim(row["method"], row["n"], row["beta"], held_rewards)
     found = {}
@@ -269,7 +269,7 @@ def distances(row: dict, reward: Tensor, held_rewards: Tensor) -> dict[str, floa
     found["below_win_rate_se"] = row["win_rate_se"]
     if found["below_reward"] is not None:
         found["below_reward_se"] = error_of_distance(row, reward, held_rewards)
-    for name in ("win_rate", "kl_ref"):
+    for name in ("win_rate", "kl_ref", "kl_bon"):
         found[f"aim_{name}"] = None if aim is None else aim[name]
     return found
 
@@ -370,22 +370,23 @@ def with_error(found: tuple[float, float] | None) -> str:
 
 def print_comparison(groups: Groups, ns: list[int]) -> None:
     """What each method aims at, how far from the highest at its KL it ends, and a verdict."""
-    print(f"\n{'':22}{'aim':>12}{'win rate below the highest':>31}"
-          f"{'reward below the highest':>29}\n"
-          f"{'':22}{'win':>6}{'KL':>7}{'by aim':>10}{'by training':>12}"
-          f"{'by aim':>15}{'by training':>12}")
+    print(f"\n{'':22}{'aim: win':>9}{'KL to':>7}{'KL to':>7}{'win rate below highest':>25}"
+          f"{'reward below highest':>25}\n"
+          f"{'':22}{'rate':>9}{'ref':>7}{'BoN':>7}{'by aim':>11}{'by training':>14}"
+          f"{'by aim':>11}{'by training':>14}")
     trained = {key: rows for key, rows in groups.items() if key[1] in TRAINED}
     for (n, method, beta), rows in trained.items():
         cells = ""
-        columns = (("aim_win_rate", 8), ("aim_kl_ref", 7), ("aim_below_win_rate", 10),
-                   ("left_win_rate", 12), ("aim_below_reward", 15), ("left_reward", 12))
+        columns = (("aim_win_rate", 9), ("aim_kl_ref", 7), ("aim_kl_bon", 7),
+                   ("aim_below_win_rate", 11), ("left_win_rate", 14), ("aim_below_reward", 11),
+                   ("left_reward", 14))
         for name, width in columns:
             found = mean_and_spread(rows, name)
             cell = "" if found is None else f"{found[0]:.3f}"
             cells += cell.rjust(width)
         if beta is not None:
             cells += f"  beta={beta:g}"
-        print(f"{title(method, n):15} N={n:<3}{cells}".rstrip())
+        print(f"{title(method, n):15} N={n:<4}{cells}".rstrip())
     print("\nThe highest: what the best of all policies with the same KL to the reference has. "
           "Blank:\ntoo few effective samples to tell. By training: what training left undone, and "
           "chance.")
@@ -394,7 +395,9 @@ def print_comparison(groups: Groups, ns: list[int]) -> None:
         if len(rivals) > 1:
             print_verdict(n, rivals)
     print("\nTo be fair: the KL to best-of-N is what vBoN itself minimises, and KL-RL aims "
-          "elsewhere. The\nlearning rate and the rank of the adapters were chosen for vBoN.")
+          "elsewhere. The\nlearning rate and the rank of the adapters were chosen for vBoN. All "
+          "take the same number of\nupdates, not the same work. A beta that was not given is fitted "
+          "to the evaluation's prompts.")
     if any(key[1] == "bond" for key in trained):
         print("BOND's Jeffreys: its Jeffreys loss with N fixed, without its iteration and moving "
               "anchor.")

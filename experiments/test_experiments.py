@@ -174,6 +174,19 @@ def test_aims_go_as_far_as_best_of_n(method):
     beta = theory.find_beta(rewards, 4) if method == "kl-rl" else None
     assert theory.aim(method, 4, beta, rewards)["kl_ref"] == pytest.approx(0.636, abs=0.01)
 
+
+
+def test_how_far_an_aim_is_from_best_of_n():
+    """For a reward that is uniform on [0, 1], best of 4 has the density 4 u³, and KL-RL's optimum
+    exp(u/β), normalised. The KL between them is an integral."""
+    rewards = uniform_rewards()
+    assert theory.aim("vbon", 4, None, rewards)["kl_bon"] == pytest.approx(0, abs=1e-12)
+    assert theory.aim("bound", 4, None, rewards)["kl_bon"] == pytest.approx(0, abs=1e-3)
+    u = (torch.arange(10 ** 6) + 0.5).double() / 10 ** 6
+    density = (u / 0.2).exp() / (u / 0.2).exp().mean()
+    integral = (density * (density / (4 * u ** 3)).log()).mean().item()
+    assert theory.aim("kl-rl", 4, 0.2, rewards)["kl_bon"] == pytest.approx(integral, abs=2e-3)
+
 # ------------------------------------------------------------------------------- soft best-of-n
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])

@@ -85,13 +85,17 @@ def tilt(score: Tensor, ref_rewards: Tensor) -> dict[str, float]:  # (P, M), (P,
 
 def best_of_n(n: int, ref_rewards: Tensor) -> dict[str, float]:
     """What best-of-n attains, under the same names; win rate and KL are vbon.bon_attains'."""
-    less, equal = vbon._count_less_and_equal(ref_rewards, ref_rewards)
-    m = ref_rewards.shape[1]
-    weight = (((less + equal) / m) ** n - (less / m) ** n) / equal
-    found = _attained(weight, ref_rewards)
+    found = _attained(bon_weights(n, ref_rewards), ref_rewards)
     # this mean of the reward lets a response compete with itself; the following one does not
     found["reward"] = bon_expected_reward(ref_rewards, n).mean().item()
     return found
+
+
+def bon_weights(n: int, ref_rewards: Tensor) -> Tensor:  # (P, M) -> (P, M)
+    """How often best-of-n returns each of the M responses, if they were all there are."""
+    less, equal = vbon._count_less_and_equal(ref_rewards, ref_rewards)
+    m = ref_rewards.shape[1]
+    return (((less + equal) / m) ** n - (less / m) ** n) / equal
 
 
 def _attained(weight: Tensor, ref_rewards: Tensor) -> dict[str, float]:
@@ -204,15 +208,24 @@ def find_beta(ref_rewards: Tensor, n: int) -> float:  # (P, M)
 # ------------------------------------------------------------------------- what the methods aim at
 
 def aim(method: str, n: int, beta: float | None, ref_rewards: Tensor) -> dict[str, float] | None:
-    """What a policy attains that has reached the target of its method; None if M does not tell."""
+    """What a policy attains that has reached the target of its method; None if M does not tell.
+
+    As `tilt`, and kl_bon, the KL of the target itself to best-of-n.
+    """
     if method == "bound":
-        log_cdf = vbon.empirical_cdf(ref_rewards, ref_rewards).log()
-        found = tilt((n - 1) * log_cdf, ref_rewards)
+        score = (n - 1) * vbon.empirical_cdf(ref_rewards, ref_rewards).log()
     elif method == "kl-rl":
-        found = tilt(ref_rewards.double() / beta, ref_rewards)
+        score = ref_rewards.cpu().double() / beta
     else:
-        found = best_of_n(n, ref_rewards)
-    return found if found["ess"] >= MIN_SIZE else None
+        score = bon_weights(n, ref_rewards).log()
+    found = tilt(score, ref_rewards)
+    if method not in ("bound", "kl-rl"):
+        found = best_of_n(n, ref_rewards)               # its mean reward is unbiased
+    if found["ess"] < MIN_SIZE:
+        return None
+    log_weight = score.log_softmax(-1)
+    log_ratio = log_weight - bon_weights(n, ref_rewards).log()
+    return found | {"kl_bon": (log_weight.exp() * log_ratio).sum(-1).mean().item()}
 
 
 def curves(ref_rewards: Tensor) -> dict[str, list[dict[str, float]]]:
