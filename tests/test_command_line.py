@@ -1,8 +1,12 @@
 """The command line: wrong usage, help, imports, results.jsonl, and plain terminals."""
 import ast
+import contextlib
+import dataclasses
+import io
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from test_reward import write_vocabulary
 
 import train
 import vbon
-from model import GPT
+from model import GPT, UnusableInput
 from reward import builtin_reviews
 
 FILES = ("vbon", "model", "reward", "train")
@@ -79,6 +83,17 @@ def test_wrong_usage_is_status_2_and_one_line(args, message, odd_files):
     assert printed == ""
 
 
+@pytest.mark.parametrize("flag, smallest", [
+    ("--n", 1), ("--lm-steps", 0), ("--prompt-tokens", 1), ("--length", 1), ("--steps", 1),
+    ("--m", 1)])
+def test_the_smallest_number_is_accepted_and_no_smaller_one(flag, smallest):
+    args = train.parse_arguments([flag, str(smallest)])
+    train.check_arguments(args, args.n)
+    args = train.parse_arguments([flag, str(smallest - 1)])
+    with pytest.raises(UnusableInput, match=f"{flag} {smallest - 1}: want at least {smallest}"):
+        train.check_arguments(args, args.n)
+
+
 def test_a_bug_keeps_its_traceback(copied_run, monkeypatch):
     def broken(*_):
         raise RuntimeError("a bug")
@@ -94,6 +109,73 @@ def test_ctrl_c_is_status_130(capsys):
         train.run(stopped, "train.py")
     assert stop.value.code == 130
     assert "the same command goes on after" in capsys.readouterr().err
+
+# --------------------------------------------------------------------------------- what is printed
+
+class Terminal(io.StringIO):
+    """A file that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def progress(file):
+    with contextlib.redirect_stdout(file):
+        for done in range(1, 91):
+            train.show_progress("vBoN n=4", done, 90, time.time(), {"win_rate": 0.5})
+    return file.getvalue()
+
+
+def test_progress_is_one_line_in_a_terminal_and_four_in_a_file():
+    lines = progress(io.StringIO()).splitlines()
+    assert [line.split()[2] for line in lines] == ["23/90", "45/90", "68/90", "90/90"]
+    assert lines[0].startswith("  vBoN n=4 23/90  win_rate 0.50  0 of 0 s")
+    changes = progress(Terminal())
+    assert changes.count("\n") == 1
+    assert changes.count("\r") == 89
+    assert {len(line) for line in changes.replace("\n", "\r").split("\r")} == {0, 79}
+
+
+def test_the_time_that_is_left_is_told(capsys):
+    train.show_progress("drawing", 1, 4, time.time() - 10)
+    assert capsys.readouterr().out == "  drawing 1/4  10 of 40 s\n"
+
+
+def test_the_main_job_has_the_sizes_that_the_readme_tells():
+    assert dataclasses.asdict(train.Settings()) == {
+        "reviews": 12_000, "vocab": 768, "prompt_tokens": 4, "length": 24, "layers": 2, "heads": 2,
+        "width": 64, "lm_steps": 1000, "lm_batch": 64, "lm_lr": 6e-3, "epochs": 4, "prompts": 512,
+        "m": 64, "held_prompts": 64, "m_eval": 512, "steps": 90, "batch": 64, "k": 8, "rank": 4,
+        "lr": 5e-3, "k_eval": 64}
+    by_default = train.choose_settings(train.parse_arguments([]), 4, None, None)
+    assert by_default == train.Settings()
+
+
+def test_settings_follow_text_model_n_and_flags():
+    data = [("a text", 0)] * 10_000
+    settings = train.choose_settings(train.parse_arguments([]), 8, data, None)
+    assert settings == dataclasses.replace(
+        train.Settings(), reviews=10_000, vocab=2048, lm_steps=2000, lm_lr=3e-3, epochs=6, m=128,
+        steps=600, lr=3e-3)
+    settings = train.choose_settings(train.parse_arguments([]), 9, data[:1200], None)
+    assert (settings.vocab, settings.lm_steps, settings.steps) == (512, 400, 1800)
+    # a given model says how large it is, and what room it has
+    given = train.Given(GPT(50, 12, n_layer=3, n_head=2, n_embd=16), None)
+    settings = train.choose_settings(train.parse_arguments([]), 4, data[:6000], given)
+    assert settings == dataclasses.replace(
+        train.Settings(), reviews=6000, vocab=50, layers=3, heads=2, width=16, lm_steps=120,
+        lm_lr=5e-5, epochs=6, prompts=256, held_prompts=32, steps=250, lr=3e-3, length=8)
+    # all of it tiny
+    settings = train.choose_settings(train.parse_arguments(["--quick"]), 4, None, None)
+    assert settings == dataclasses.replace(
+        train.Settings(), reviews=600, vocab=400, width=32, lm_steps=10, epochs=1, prompts=8, m=16,
+        held_prompts=8, m_eval=64, steps=3, batch=4, k=4, k_eval=8)
+    # what the command line says goes before everything
+    args = train.parse_arguments(["--steps", "7", "--m", "5", "--lm-steps", "3", "--length", "9",
+                                  "--prompt-tokens", "2", "--quick"])
+    settings = train.choose_settings(args, 9, data, None)
+    assert (settings.steps, settings.m, settings.lm_steps, settings.length,
+            settings.prompt_tokens) == (7, 5, 3, 9, 2)
 
 # ------------------------------------------------------------------------------------------- help
 
