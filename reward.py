@@ -192,6 +192,8 @@ def load_reviews(folder: str | Path, labelled: bool = True) -> list[Review]:
     Raises UnusableInput, which says what is wanted.
     """
     root = Path(folder)
+    if root.is_file():
+        raise UnusableInput(f"--data {folder}: a file; give its folder")
     if not root.is_dir():
         raise UnusableInput(f"--data {folder}: no such folder")
     if not labelled and (root / "prompts.txt").is_file():
@@ -222,7 +224,7 @@ def _read_texts(root: Path, name: str) -> dict[str, str]:
     files = [file for file in sorted((root / name).glob("*.txt")) if file.name[0] != "."]
     if not files and not one_file.is_file():
         raise UnusableInput(f"--data {root}: want {name}.txt, one review a line, or {name}/*.txt, "
-                            f"one review a file")
+                            f"one review a file; with --reward, prompts.txt will do")
     if files:
         found = [_read_text(file) for file in files]
     else:
@@ -258,7 +260,7 @@ class RewardFile(NamedTuple):
 
 
 def load_reward(path: str | Path) -> RewardFile:
-    """Run a file of --reward, and try its function on two texts.
+    """Run a file of --reward, and find its function.
 
     Raises UnusableInput for anything wrong, with the line of the file where it went wrong.
     """
@@ -278,9 +280,15 @@ def load_reward(path: str | Path) -> RewardFile:
     function = getattr(module, "reward", None)
     if not callable(function):
         raise UnusableInput(f"--reward {path}: want a function reward(prompts, responses)")
-    file = RewardFile(path, content, function)
-    _ask(file, ["i watched this", "the film"], [" film twice .", ""])
-    return file
+    return RewardFile(path, content, function)
+
+
+def try_reward(file: RewardFile, encoding: tiktoken.Encoding, tokens: Tensor, prompt_tokens: int
+               ) -> None:
+    """Ask for the rewards of the first two texts (R, T), so that a fault shows before any work."""
+    prompt = tokens[:2, :prompt_tokens]
+    response = tokens[:2, None, prompt_tokens:]
+    reward_of_texts(file, encoding, prompt, response)
 
 
 def reward_of_texts(file: RewardFile, encoding: tiktoken.Encoding, prompt: Tensor,
@@ -304,7 +312,9 @@ def _ask(file: RewardFile, prompts: list[str], responses: list[str]) -> list[flo
     """The rewards of one batch, checked: here they become float, whatever they were."""
     try:
         given = file.function(list(prompts), list(responses))
-        if isinstance(given, (dict, set, str, bytes)):      # these can be walked through as well
+        # a dictionary, a set or a string can be walked through as well
+        walkable = hasattr(given, "__iter__") or hasattr(given, "__getitem__")
+        if isinstance(given, (dict, set, str, bytes)) or not walkable:
             raise TypeError(f"want a sequence of numbers, got a {type(given).__name__}")
         given = list(given)
     except (Exception, SystemExit) as error:
@@ -334,8 +344,9 @@ def _fault(path: Path, error: Exception) -> UnusableInput:
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename == str(path):
             line = frame.lineno
+    place = path if line is None else f"{path}:{line}"
     text = " ".join(str(error).split())
-    return UnusableInput(f"--reward: {type(error).__name__}: {text} ({path}:{line})")
+    return UnusableInput(f"--reward: {type(error).__name__}: {text} ({place})")
 
 # ---------------------------------------------------------------------------------------- tokenizer
 

@@ -34,11 +34,11 @@ import torch.distributed
 from torch import Tensor
 
 import vbon
-from model import (GPT, UnusableInput, add_adapters, lm_loss, merge_adapters, read_json,
+from model import (PRETRAINED, GPT, UnusableInput, add_adapters, lm_loss, merge_adapters, read_json,
                    token_kl)
 from reward import (RewardFile, builtin_reviews, decode, encode, load_reviews, load_reward,
                     pretrained_encoding, reward_of_texts, save_tokenizer, train_classifier,
-                    train_tokenizer)
+                    train_tokenizer, try_reward)
 
 # ------------------------------------------------------------------------------------- the settings
 
@@ -147,27 +147,32 @@ def main(argv: list[str] | None = None) -> None:
     data = load_reviews(args.data, labelled=judge is None) if args.data else None
     given = load_given(args.init)
     settings = choose_settings(args, n, data, given)
-    check_settings(settings, n)
+    check_settings(settings, args, n)
     say = print if args.sample is None else silent      # --sample shows answers, and little else
 
     # ---- text: reviews, their tokens, and a language model of them, the reference π_ref
     text = make_text(data, given, settings, seed)
     question = encode_question(args.sample, text, settings, given)
+    if judge is not None:
+        try_reward(judge, text.encoding, text.tokens, settings.prompt_tokens)
     reference, perplexity = get_reference(out, text, given, settings, seed, device)
-    say(f"text: {len(text.tokens)} reviews; the reference model has a perplexity of "
-        f"{perplexity:.1f}")
+    say(f"text: {len(text.tokens)} {'built-in ' if data is None else ''}reviews; the reference "
+        f"model has a perplexity of {perplexity:.1f}")
 
     # ---- reward: the logit of a sentiment classifier, or your own function
     reward, accuracy = get_reward(text, settings, seed, device, judge)
     if judge is None:
         say(f"reward: the classifier is right on {accuracy:.0%} of the reviews it has not seen")
     else:
-        say(f"reward: {judge.path} will judge up to {count_rewards(text, settings)} responses")
+        say(f"reward: {judge.path} will judge up to {count_rewards(text, settings, n)} responses")
 
     # ---- reference samples: F, the CDF of the reward, is estimated from their rewards
     samples, held, draws = get_samples(out, reference, reward, text, settings, seed)
-    say(f"reference samples: {samples.reward.numel()} to train with, {held.reward.numel()} to "
-        f"evaluate with,\n  {draws.reward.numel()} for best of {n}")
+    say(f"reference samples: {samples.reward.numel()} to train with, for "
+        f"{len(text.prompts)} prompts; {held.reward.numel()} to\n  evaluate with, and "
+        f"{draws.reward.numel()} for best of {n}, for {len(text.held_prompts)} other prompts")
+    if share_of_ties(held.reward) == 1:
+        say(NOTHING_TO_LEARN)
 
     # ---- fine-tuning: make one sample of the policy look like the best of n
     policy, history, seconds = get_policy(out, reference, reward, text.prompts, samples, n,
@@ -187,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     print_table(rows, held.reward)
 
     # ---- what stays: results, a picture, answers, the models
-    made_by = describe(settings, data, given, device, judge)
+    made_by = describe(settings, text, data, given, device, judge)
     lines = [row | {"seed": seed, "beta": None} | made_by for row in rows]
     add_results(out, lines)
     draw_picture(out / "vbon.png", rows, draws, held, rewards, history, seed)
@@ -242,7 +247,8 @@ def make_text(data: list | None, given: "Given | None", settings: Settings, seed
     starts = torch.tensor(list(different))
     held = min(settings.held_prompts, len(starts) // 4)
     if held < 2:
-        raise UnusableInput(f"want at least 8 different beginnings of reviews, got {len(starts)}")
+        raise UnusableInput(f"want at least 8 different beginnings of {settings.prompt_tokens} "
+                            f"tokens, got {len(starts)}; a shorter text has none")
     last = held + settings.prompts
     n_unseen = max(16, len(reviews) // 20)
     return Text(encoding, tokens, labels, n_unseen, starts[held:last], starts[:held])
@@ -525,8 +531,9 @@ def print_table(rows: list[dict], held_rewards: Tensor) -> None:
     print(f"{f'theory, n = {n}':21}{win:6.3f}{kl:14.3f}{0:14.3f}")
     ties = share_of_ties(held_rewards)
     if ties == 1:
-        print("\nAll rewards of a prompt are the same: there is nothing to learn.")
-    elif ties > 0.01:
+        print("\n" + NOTHING_TO_LEARN)
+        return
+    if ties > 0.01:
         print(f"\nIn {ties:.0%} of all pairs of reference responses, both have the same reward.")
     print("\nKLs in nats per answer; ± standard error over prompts. vBoN has worked if its row\n"
           "is near that of best-of-N, and its KL to BoN near 0, with 1 sample for an answer.")
@@ -538,6 +545,9 @@ def share_of_ties(rewards: Tensor) -> float:  # (P, M)
     same = rewards[:, :, None] == rewards[:, None, :]
     # a response is no pair with itself
     return (same.double().sum((1, 2)) - m).mean().item() / (m * (m - 1))
+
+
+NOTHING_TO_LEARN = "All rewards of a prompt are the same: there is nothing to learn."
 
 
 def show_progress(label: str, done: int, total: int, began: float, stats: dict | None = None
@@ -661,7 +671,8 @@ def make_parser(description: str, several: bool = False) -> argparse.ArgumentPar
                         "--data.")
     parser.add_argument("--data", metavar="DIR", help="A folder with your own labelled reviews: "
                         "pos.txt and neg.txt, one review a line, or pos/*.txt and neg/*.txt, one "
-                        "review a file. Default: built-in reviews.")
+                        "review a file; with --reward, prompts.txt will do. Default: built-in "
+                        "reviews.")
     parser.add_argument("--reward", metavar="FILE.py", help="A Python file that defines "
                         "reward(prompts, responses): two lists of texts in, one number for each "
                         "pair out. With it, --data may hold prompts.txt, one text a line, without "
@@ -705,6 +716,8 @@ def load_given(init: str | None) -> Given | None:
     """The model and the tokenizer of --init."""
     if init is None:
         return None
+    if init not in PRETRAINED and not Path(init).is_dir():
+        raise UnusableInput(f"--init {init}: no such folder, and none of {', '.join(PRETRAINED)}")
     model = GPT.from_pretrained(init)
     encoding = pretrained_encoding(init)
     tokens = model.config["vocab_size"]
@@ -732,20 +745,26 @@ def check_arguments(args: argparse.Namespace, n: int) -> None:
         raise UnusableInput("--sample: want some words to answer")
 
 
-def check_settings(settings: Settings, n: int) -> None:
+def check_settings(settings: Settings, args: argparse.Namespace, n: int) -> None:
     """The rules that depend on the text and the model."""
     if n > settings.m_eval:
         raise UnusableInput(f"--n {n}: want at most {settings.m_eval}, the number of draws that "
                             f"best-of-N is evaluated with")
     if settings.length < 1:
         raise UnusableInput("--init: this model has no room for a prompt and a response")
+    if args.length is not None and args.length > settings.length:
+        raise UnusableInput(f"--length {args.length}: the model of --init has room for "
+                            f"{settings.length}")
 
 
-def count_rewards(text: Text, settings: Settings) -> int:
+def count_rewards(text: Text, settings: Settings, n: int) -> int:
     """How many responses are judged in all, if no stage is finished yet."""
+    tried = 2
     drawn = len(text.prompts) * settings.m + 2 * len(text.held_prompts) * settings.m_eval
     trained = settings.steps * min(settings.batch, len(text.prompts)) * settings.k
-    return drawn + trained + len(text.held_prompts) * settings.k_eval
+    evaluated = len(text.held_prompts) * settings.k_eval
+    shown = min(8, len(text.held_prompts)) * (1 + n + 1)        # in samples.txt
+    return tried + drawn + trained + evaluated + shown
 
 
 def encode_question(sample: str | None, text: Text, settings: Settings, given: Given | None
@@ -760,13 +779,18 @@ def encode_question(sample: str | None, text: Text, settings: Settings, given: G
     return torch.tensor(ids).repeat(3, 1)
 
 
-def describe(settings: Settings, data: list | None, given: Given | None, device: torch.device,
-             judge: RewardFile | None) -> dict:
+def describe(settings: Settings, text: Text, data: list | None, given: Given | None,
+             device: torch.device, judge: RewardFile | None) -> dict:
     """All that a result depends on besides method, N, β and seed: a part of its line."""
     code = [source(file) for file in ("vbon.py", "model.py", "reward.py", "train.py")]
     return dataclasses.asdict(settings) | {
+        # a small text may have fewer prompts than the settings want
+        "prompts": len(text.prompts),
+        "held_prompts": len(text.held_prompts),
         "data": data and digest(data),
-        "init": given and digest(weights(given.model), given.encoding.token_byte_values()),
+        # of a model that a run left: the "weights" in its settings.json
+        "init": given and digest(weights(given.model)),
+        "init_vocabulary": given and digest(given.encoding.token_byte_values()),
         "reward_file": judge and digest(judge.content),
         "device": device.type,
         "processes": world_size(),
@@ -798,7 +822,7 @@ def read_results(out: Path) -> list[dict]:
         except ValueError:
             row = None
         if not isinstance(row, dict) or not set(KEYS) <= row.keys():
-            raise UnusableInput(f"{path}, line {number}: not a result; move the file away")
+            raise UnusableInput(f"{path}, line {number}: not a result; delete this line, or move the file away")
         rows.append(row)
     return rows
 
@@ -848,7 +872,8 @@ def leave_model(folder: Path, model: GPT, encoding: tiktoken.Encoding, row: dict
     with lock(folder.parent):
         if folder.exists():
             if read_json(folder / "settings.json").get("weights") != settings["weights"]:
-                print(f"  {folder} was made by other settings: it is replaced")
+                print(f"  {folder} was made by other settings: it is replaced (their command brings "
+                      f"it back)")
             old = out_of_sight(folder)
             folder.replace(old)
             shutil.rmtree(old)

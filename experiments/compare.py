@@ -19,7 +19,7 @@ import train
 import vbon
 from experiments import methods, theory
 from model import GPT, UnusableInput
-from reward import RewardFile, load_reviews, load_reward
+from reward import RewardFile, load_reviews, load_reward, try_reward
 
 TRAINED = ("vbon", *methods.METHODS)
 NAMES = {"ref": "reference", "bon": "best of {n}", "soft-bon": "soft best of {n}", "vbon": "vBoN",
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
             if world.question is not None:
                 print(answers(world, policies, world.question, n, settings, seed))
                 continue
-            made_by = train.describe(settings, data, given, device, judge)
+            made_by = train.describe(settings, world.text, data, given, device, judge)
             decoded = measure_decoding(world, n, betas[n], seed, made_by)
             trained, rewards = measure_policies(world, policies, n, settings, seed, made_by)
             train.add_results(out, decoded + trained)
@@ -105,6 +105,8 @@ def make_world(args: argparse.Namespace, out: Path, data: list | None, judge: Re
     """The stages text, reward and reference samples, as in train.main."""
     text = train.make_text(data, given, settings, seed)
     question = train.encode_question(args.sample, text, settings, given)
+    if judge is not None:
+        try_reward(judge, text.encoding, text.tokens, settings.prompt_tokens)
     reference, perplexity = train.get_reference(out, text, given, settings, seed, device)
     reward, accuracy = train.get_reward(text, settings, seed, device, judge)
     samples, held, draws = train.get_samples(out, reference, reward, text, settings, seed)
@@ -498,7 +500,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace, n: int, settings: train.Settings) -> None:
     """The rules of train.py, and those of the other methods."""
-    train.check_settings(settings, n)
+    train.check_settings(settings, args, n)
     for method in methods.FROM_WINNERS:
         if method in args.method and n > settings.m:
             raise UnusableInput(f"--n {n}: {method} wants at most {settings.m}, the number of "

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     data = load_reviews(args.data, labelled=judge is None) if args.data else None
     given = train.load_given(args.init)
     settings = train.choose_settings(args, args.n, data, given)
-    train.check_settings(settings, args.n)
+    train.check_settings(settings, args, args.n)
     rows = train.read_results(out)
     world = make_world(args, out, data, judge, given, settings, args.seed, device)
     held = world.held.reward
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
 
     study_scale(world.draws, held, args.n, beta)
     study_bound(world.draws, held, args.n)
-    made_by = train.describe(settings, data, given, device, judge)
+    made_by = train.describe(settings, world.text, data, given, device, judge)
     trained = find_other_m(rows, args.n, made_by)
     errors = [error_of_cdf(m) for m in MS]
     print_study_of_m(errors, trained, args.n)

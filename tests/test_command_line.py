@@ -52,7 +52,11 @@ WRONG = [
     (["--out", "file"], "--out file: "),
     (["--data", "nowhere"], "--data nowhere: no such folder"),
     (["--data", "few"], "--data few: "),
-    (["--init", "nowhere"], "nowhere/config.json: "),
+    (["--data", "file"], "--data file: a file; give its folder"),
+    (["--data", "only-prompts"], "with --reward, prompts.txt will do"),
+    (["--prompt-tokens", "90"], "beginnings of 90 tokens, got 0; a shorter text has none"),
+    (["--init", "small", "--length", "9"], "--length 9: the model of --init has room for 8"),
+    (["--init", "nowhere"], "--init nowhere: no such folder"),
     (["--init", "other-vocabulary"], "the model has 50 tokens, its vocabulary 258"),
     (["--init", "no-room"], "no room"),
     (["--sample", " "], "--sample: want some words"),
@@ -68,6 +72,9 @@ def odd_files(tmp_path_factory):
     (folder / "few").mkdir()
     (folder / "few" / "pos.txt").write_text("good\n", encoding="utf-8")
     (folder / "few" / "neg.txt").write_text("bad\n", encoding="utf-8")
+    (folder / "only-prompts").mkdir()
+    (folder / "only-prompts" / "prompts.txt").write_text("text\n", encoding="utf-8")
+    write_gpt2(folder / "small", 258)
     write_gpt2(folder / "other-vocabulary", 50)
     write_gpt2(folder / "no-room", 258, positions=4)
     return folder
@@ -92,6 +99,24 @@ def test_the_smallest_number_is_accepted_and_no_smaller_one(flag, smallest):
     args = train.parse_arguments([flag, str(smallest - 1)])
     with pytest.raises(UnusableInput, match=f"{flag} {smallest - 1}: want at least {smallest}"):
         train.check_arguments(args, args.n)
+
+
+def test_n_may_be_as_large_as_the_draws_of_the_evaluation():
+    args = train.parse_arguments(["--quick"])
+    settings = train.choose_settings(args, 64, None, None)
+    train.check_settings(settings, args, 64)
+    with pytest.raises(UnusableInput, match="--n 65"):
+        train.check_settings(settings, args, 65)
+
+
+def test_a_question_leaves_room_for_one_token_at_least():
+    args = train.parse_arguments(["--quick"])
+    settings = train.choose_settings(args, 2, None, None)
+    text = train.make_text(None, None, settings, 0)
+    longest = text.encoding.decode(text.encoding.encode_ordinary("film " * 99)[:27])
+    assert train.encode_question(longest, text, settings, None).shape == (3, 27)
+    with pytest.raises(UnusableInput, match="fewer than 28 tokens, got 28"):
+        train.encode_question(longest + " film", text, settings, None)
 
 
 def test_a_bug_keeps_its_traceback(copied_run, monkeypatch):

@@ -71,6 +71,9 @@ def test_a_second_round_starts_from_the_first(copied_run):
     second = GPT.from_pretrained(copied_run / "second" / "reference-seed0").state_dict()
     for key, x in first.items():
         assert torch.equal(x, second[key]), key
+    # the lines of the second round name the first
+    rows = read_rows(copied_run / "second")
+    assert {row["init"] for row in rows} == {settings(copied_run / POLICY)["weights"]}
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):

@@ -1,4 +1,5 @@
 """--reward FILE.py: numbers of all kinds come in right, faults are told in one line."""
+import itertools
 import math
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 
 import train
 from model import UnusableInput
-from reward import load_reward, make_encoding, reward_of_texts
+from reward import load_reward, make_encoding, reward_of_texts, try_reward
 from running import read_rows, run
 
 # "ab" is one token; the last byte of "é" alone is no text
@@ -33,9 +34,16 @@ def write(folder, body, before=""):
     return path
 
 
+def load(path):
+    """The file, tried on two texts of three tokens, as at the start of a run."""
+    file = load_reward(path)
+    try_reward(file, ENCODING, torch.tensor([[97, 98, EOT], [98, 256, 99]]), 1)
+    return file
+
+
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
 def test_numbers_of_any_kind_become_float64(tmp_path, body):
-    file = load_reward(write(tmp_path, body))
+    file = load(write(tmp_path, body))
     response = torch.tensor([[[97, EOT, EOT], [97, 98, EOT]], [[98, 256, 99], [EOT, EOT, EOT]]])
     rewards = reward_of_texts(file, ENCODING, torch.tensor([[97], [98]]), response)
     assert rewards.dtype == torch.float64
@@ -48,7 +56,8 @@ FAULTS = {
     "too few": ("[1.0]", "want 2 numbers, got 1"),
     "too many": ("[1.0] * 3", "want 2 numbers, got 3"),
     "None": ("[None for r in responses]", "finite numbers, got 'None'"),
-    "nothing at all": ("None", "TypeError"),
+    "nothing at all": ("None", "want a sequence of numbers, got a NoneType .*own.py.$"),
+    "a number": ("1.0", "want a sequence of numbers, got a float .*own.py.$"),
     "words": ("['1.0' for r in responses]", "finite numbers, got '1.0'"),
     "nan": ("[math.nan for r in responses]", "finite numbers, got 'nan'"),
     "infinity": ("[math.inf for r in responses]", "finite numbers, got 'inf'"),
@@ -67,7 +76,7 @@ FAULTS = {
 @pytest.mark.parametrize("body, says", FAULTS.values(), ids=FAULTS.keys())
 def test_what_is_no_reward_is_refused_in_one_line(tmp_path, body, says):
     with pytest.raises(UnusableInput, match=says) as error:
-        load_reward(write(tmp_path, body))
+        load(write(tmp_path, body))
     assert "\n" not in str(error.value)
 
 
@@ -94,7 +103,7 @@ def test_the_line_is_the_innermost_of_the_file_itself(tmp_path):
                     "def reward(prompts, responses):\n    return inner(responses)\n",
                     encoding="utf-8")
     with pytest.raises(UnusableInput, match="own.py:4"):
-        load_reward(path)
+        load(path)
 
 
 def test_texts_arrive_in_pairs_at_most_1024_at_a_time(tmp_path):
@@ -140,7 +149,8 @@ def test_a_constant_reward_is_said_to_teach_nothing(tmp_path):
     path = write(tmp_path, "[1.5 for r in responses]")
     code, printed, _ = run("--quick", "--n", 2, "--reward", path, cwd=tmp_path)
     assert code == 0
-    assert "nothing to learn" in printed
+    assert printed.count("nothing to learn") == 2        # before training, and below the table
+    assert "has worked if" not in printed
     for row in read_rows(tmp_path / "out"):
         assert (row["reward"], row["win_rate"]) == (1.5, 0.5)
         assert row["kl_ref"] == pytest.approx(0, abs=0.03)
@@ -163,6 +173,28 @@ def test_a_reward_of_any_size_gives_finite_numbers_and_a_picture(scale, tmp_path
     for row in read_rows(tmp_path / "out"):
         assert all(math.isfinite(row[name]) for name in train.MEASURED[:-1])
     assert (tmp_path / "out" / "vbon.png").exists()
+
+
+def test_the_trial_is_made_with_texts_of_the_user(tmp_path):
+    """A reward that looks an answer up, by the prompt."""
+    words = "ab cd ef gh ij kl mn op qr st".split()
+    lines = [f"{first} {second}\t{i}" for i, (first, second) in enumerate(
+        itertools.product(words, words))]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+    path = write(tmp_path, "[r.count(KNOWN[p]) for p, r in zip(prompts, responses)]",
+                 f"KNOWN = {{line[:2]: line[1] for line in {lines!r}}}")
+    args = ("--quick", "--n", 2, "--data", "texts", "--reward", path, "--prompt-tokens", 1)
+    code, _, error = run(*args, "--steps", 1, cwd=tmp_path)
+    assert (code, error) == (0, "")
+
+
+def test_the_run_says_how_many_rewards_it_asks_for(tmp_path):
+    path = write(tmp_path, "COUNT.write('.' * len(responses)) and COUNT.flush() or "
+                 "[len(r) for r in responses]", "COUNT = open('count.txt', 'w')")
+    _, printed, _ = run("--quick", "--n", 2, "--reward", path, cwd=tmp_path)
+    asked = len((tmp_path / "count.txt").read_text(encoding="utf-8"))
+    assert f"will judge up to {asked} responses" in printed
 
 
 def test_a_fault_in_the_middle_of_a_run_keeps_nothing_of_the_batch(tmp_path):
