@@ -138,14 +138,8 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     policy_folder = out / f"policy-n{n}-seed{seed}"
     reference_folder = out / f"reference-seed{seed}"
-    check_arguments(args, n)
-    read_results(out)                                   # if they are damaged, say so now
-    check_folders(args, policy_folder, reference_folder)
-    device = start_processes(args.device)
-    check_same_arguments(args)
-    judge = load_reward(args.reward) if args.reward else None
-    data = load_reviews(args.data, labelled=judge is None) if args.data else None
-    given = load_given(args.init)
+    inputs = read_inputs(args, [n], [policy_folder, reference_folder])
+    device, judge, data, given = inputs
     settings = choose_settings(args, n, data, given)
     check_settings(settings, args, n)
     say = print if args.sample is None else silent      # --sample shows answers, and little else
@@ -192,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     print_table(rows, held.reward)
 
     # ---- what stays: results, a picture, answers, the models
-    made_by = describe(settings, text, data, given, device, judge)
+    made_by = describe(settings, text, inputs)
     lines = [row | {"seed": seed, "beta": None} | made_by for row in rows]
     add_results(out, lines)
     draw_picture(out / "vbon.png", rows, draws, held, rewards, history, seed)
@@ -706,6 +700,27 @@ class Parser(argparse.ArgumentParser):
         raise UnusableInput(message)
 
 
+class Inputs(NamedTuple):
+    """What the command line names."""
+    device: torch.device
+    judge: RewardFile | None        # of --reward
+    data: list | None               # the reviews of --data
+    given: "Given | None"           # of --init
+
+
+def read_inputs(args: argparse.Namespace, ns: list[int], folders: list[Path]) -> Inputs:
+    """Check the command line and read what it names; `folders` are those that the run will write."""
+    for n in ns:
+        check_arguments(args, n)
+    read_results(Path(args.out))                        # if they are damaged, say so now
+    check_folders(args, folders)
+    device = start_processes(args.device)
+    check_same_arguments(args)
+    judge = load_reward(args.reward) if args.reward else None
+    data = load_reviews(args.data, labelled=judge is None) if args.data else None
+    return Inputs(device, judge, data, load_given(args.init))
+
+
 class Given(NamedTuple):
     """What --init gives."""
     model: GPT
@@ -779,9 +794,9 @@ def encode_question(sample: str | None, text: Text, settings: Settings, given: G
     return torch.tensor(ids).repeat(3, 1)
 
 
-def describe(settings: Settings, text: Text, data: list | None, given: Given | None,
-             device: torch.device, judge: RewardFile | None) -> dict:
+def describe(settings: Settings, text: Text, inputs: Inputs) -> dict:
     """All that a result depends on besides method, N, β and seed: a part of its line."""
+    device, judge, data, given = inputs
     code = [source(file) for file in ("vbon.py", "model.py", "reward.py", "train.py")]
     return dataclasses.asdict(settings) | {
         # a small text may have fewer prompts than the settings want
@@ -822,7 +837,8 @@ def read_results(out: Path) -> list[dict]:
         except ValueError:
             row = None
         if not isinstance(row, dict) or not set(KEYS) <= row.keys():
-            raise UnusableInput(f"{path}, line {number}: not a result; delete this line, or move the file away")
+            raise UnusableInput(f"{path}, line {number}: not a result; delete this line, or move "
+                                f"the file away")
         rows.append(row)
     return rows
 
@@ -842,7 +858,7 @@ def settings_of(row: dict) -> dict:
     return {name: value for name, value in row.items() if name not in MEASURED}
 
 
-def check_folders(args: argparse.Namespace, *folders: Path) -> None:
+def check_folders(args: argparse.Namespace, folders: list[Path]) -> None:
     """Refuse, before any work, to write over a model that --init reads, or that is not ours."""
     if args.sample is not None:
         return                                          # it leaves no models
@@ -872,8 +888,8 @@ def leave_model(folder: Path, model: GPT, encoding: tiktoken.Encoding, row: dict
     with lock(folder.parent):
         if folder.exists():
             if read_json(folder / "settings.json").get("weights") != settings["weights"]:
-                print(f"  {folder} was made by other settings: it is replaced (their command brings "
-                      f"it back)")
+                print(f"  {folder} was made by other settings: it is replaced\n"
+                      f"  (their command brings it back)")
             old = out_of_sight(folder)
             folder.replace(old)
             shutil.rmtree(old)

@@ -19,7 +19,7 @@ import train
 import vbon
 from experiments import methods, theory
 from model import GPT, UnusableInput
-from reward import RewardFile, load_reviews, load_reward, try_reward
+from reward import try_reward
 
 TRAINED = ("vbon", *methods.METHODS)
 NAMES = {"ref": "reference", "bon": "best of {n}", "soft-bon": "soft best of {n}", "vbon": "vBoN",
@@ -32,17 +32,10 @@ def main(argv: list[str] | None = None) -> None:
     began = time.time()
     args = parse_arguments(argv)
     out = Path(args.out)
-    for n in args.n:
-        train.check_arguments(args, n)
-    device = train.start_processes(args.device)
-    train.check_same_arguments(args)
-    judge = load_reward(args.reward) if args.reward else None
-    data = load_reviews(args.data, labelled=judge is None) if args.data else None
-    given = train.load_given(args.init)
+    inputs = train.read_inputs(args, args.n, all_folders(args, out))
+    device, judge, data, given = inputs
     for n in args.n:
         check_arguments(args, n, train.choose_settings(args, n, data, given))
-    train.read_results(out)                             # if they are damaged, say so now
-    train.check_folders(args, *all_folders(args, out))
 
     rows = []
     pool = []                                           # held-out reference rewards of all seeds
@@ -50,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     for seed in args.seed:
         # text, reward and reference samples do not depend on N
         settings = train.choose_settings(args, args.n[0], data, given)
-        world = make_world(args, out, data, judge, given, settings, seed, device)
+        world = make_world(args, out, inputs, settings, seed)
         pool.append(world.held.reward)
         # first all β: if one cannot be found, better now than after an hour
         betas = {n: choose_betas(args, n, world.held.reward) for n in args.n}
@@ -60,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
             if world.question is not None:
                 print(answers(world, policies, world.question, n, settings, seed))
                 continue
-            made_by = train.describe(settings, world.text, data, given, device, judge)
+            made_by = train.describe(settings, world.text, inputs)
             decoded = measure_decoding(world, n, betas[n], seed, made_by)
             trained, rewards = measure_policies(world, policies, n, settings, seed, made_by)
             train.add_results(out, decoded + trained)
@@ -99,10 +92,10 @@ class World(NamedTuple):
     question: Tensor | None         # (3, T) the prompt of --sample, three times, on the device
 
 
-def make_world(args: argparse.Namespace, out: Path, data: list | None, judge: RewardFile | None,
-               given: train.Given | None, settings: train.Settings, seed: int,
-               device: torch.device) -> World:
+def make_world(args: argparse.Namespace, out: Path, inputs: train.Inputs, settings: train.Settings,
+               seed: int) -> World:
     """The stages text, reward and reference samples, as in train.main."""
+    device, judge, data, given = inputs
     text = train.make_text(data, given, settings, seed)
     question = train.encode_question(args.sample, text, settings, given)
     if judge is not None:
@@ -257,7 +250,8 @@ def distances(row: dict, reward: Tensor, held_rewards: Tensor) -> dict[str, floa
 
     reward (P', K) are the rewards of its responses, held_rewards (P', M) those of the reference.
     For win_rate and reward: `below_*` of the row; `aim_below_*` of the aim; `left_*`, what training
-    has left undone: the difference of the two. Also the aim itself: aim_win_rate, aim_kl_ref, aim_kl_bon.
+    has left undone: the difference of the two. Also the aim itself: aim_win_rate,
+    aim_kl_ref and aim_kl_bon.
     """
     aim = theory.aim(row["method"], row["n"], row["beta"], held_rewards)
     found = {}
@@ -398,8 +392,8 @@ def print_comparison(groups: Groups, ns: list[int]) -> None:
             print_verdict(n, rivals)
     print("\nTo be fair: the KL to best-of-N is what vBoN itself minimises, and KL-RL aims "
           "elsewhere. The\nlearning rate and the rank of the adapters were chosen for vBoN. All "
-          "take the same number of\nupdates, not the same work. A beta that was not given is fitted "
-          "to the evaluation's prompts.")
+          "take the same number of\nupdates, not the same work. A beta that was not given is "
+          "fitted to the evaluation's prompts.")
     if any(key[1] == "bond" for key in trained):
         print("BOND's Jeffreys: its Jeffreys loss with N fixed, without its iteration and moving "
               "anchor.")

@@ -46,18 +46,18 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Python {platform.python_version()}, {', '.join(versions)}; {torch.get_num_threads()} "
           f"threads; a float32 product runs at {peak / 1e9:.0f} GFLOP/s")
 
-    print(f"\n{'drawing responses of 24 tokens':34}{'generate':>17}{'ours':>17}{'times faster':>14}")
+    print(f"\n{'drawing responses of 24 tokens':36}{'generate':>21}{'ours':>21}{'times':>7}")
     for layers, width, heads, vocab, responses in sizes:
         theirs, ours = time_sampling(layers, width, heads, vocab, responses, repeats)
         name = f"{layers} layers of width {width}, {responses} at a time"
-        print(f"{name:34}{spread(theirs):>17}{spread(ours):>17}{ratio(theirs, ours):14.1f}")
+        print(f"{name:36}{spread(theirs):>21}{spread(ours):>21}{ratio(theirs, ours):7.1f}")
 
-    print(f"\n{'one update, 512 responses':34}{'RLOOTrainer':>17}{'ours':>17}{'times faster':>14}")
+    print(f"\n{'one update, 512 responses':36}{'RLOOTrainer':>21}{'ours':>21}{'times':>7}")
     with tempfile.TemporaryDirectory() as folder:
         ours = time_our_update(repeats)
         theirs = time_rloo(Path(folder), repeats)
-    print(f"{'2 layers of width 64':34}{spread(theirs):>17}{spread(ours):>17}"
-          f"{ratio(theirs, ours):14.1f}")
+    print(f"{'2 layers of width 64':36}{spread(theirs):>21}{spread(ours):>21}"
+          f"{ratio(theirs, ours):7.1f}")
 
     seconds = time_main_job(args.quick)
     arithmetic = main_job_operations() / peak

@@ -24,7 +24,6 @@ import vbon
 from experiments import theory
 from experiments.compare import make_world, mean_and_spread, with_error
 from model import GPT, UnusableInput, add_adapters
-from reward import load_reviews, load_reward
 
 # ------------------------------------------------------------------------------------- the main job
 
@@ -35,16 +34,12 @@ def main(argv: list[str] | None = None) -> None:
         print_cost(*args.cost)
         return
     out = Path(args.out)
-    train.check_arguments(args, args.n)
-    device = train.start_processes(args.device)
-    train.check_same_arguments(args)
-    judge = load_reward(args.reward) if args.reward else None
-    data = load_reviews(args.data, labelled=judge is None) if args.data else None
-    given = train.load_given(args.init)
+    inputs = train.read_inputs(args, [args.n], [])
+    _, judge, data, given = inputs
     settings = train.choose_settings(args, args.n, data, given)
     train.check_settings(settings, args, args.n)
     rows = train.read_results(out)
-    world = make_world(args, out, data, judge, given, settings, args.seed, device)
+    world = make_world(args, out, inputs, settings, args.seed)
     held = world.held.reward
     beta = args.beta
     if beta is None:
@@ -52,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 
     study_scale(world.draws, held, args.n, beta)
     study_bound(world.draws, held, args.n)
-    made_by = train.describe(settings, world.text, data, given, device, judge)
+    made_by = train.describe(settings, world.text, inputs)
     trained = find_other_m(rows, args.n, made_by)
     errors = [error_of_cdf(m) for m in MS]
     print_study_of_m(errors, trained, args.n)

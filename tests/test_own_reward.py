@@ -69,7 +69,7 @@ FAULTS = {
     "a set": ("{1.0, 2.0}", "want a sequence of numbers, got a set"),
     "a string": ("'12'", "want a sequence of numbers, got a str"),
     "bytes": ("b'12'", "want a sequence of numbers, got a bytes"),
-    "a number whose square is infinite": ("[1e200 for r in responses]", "finite numbers, got '1e.200'"),
+    "a number whose square is infinite": ("[1e200 for r in responses]", "numbers, got '1e.200'"),
 }
 
 
