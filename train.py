@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     policy_folder = out / f"policy-n{n}-seed{seed}"
     reference_folder = out / f"reference-seed{seed}"
     inputs = read_inputs(args, [n], [policy_folder, reference_folder])
-    device, judge, data, given = inputs
+    device, judge, data, given = inputs                 # the last three: --reward, --data, --init
     settings = choose_settings(args, n, data, given)
     check_settings(settings, args, n)
     say = print if args.sample is None else silent      # --sample shows answers, and little else
@@ -187,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- what stays: results, a picture, answers, the models
     made_by = describe(settings, text, inputs)
+    # (some of the methods in experiments/ have a β)
     lines = [row | {"seed": seed, "beta": None} | made_by for row in rows]
     add_results(out, lines)
     draw_picture(out / "vbon.png", rows, draws, held, rewards, history, seed)
@@ -799,7 +800,8 @@ def describe(settings: Settings, text: Text, inputs: Inputs) -> dict:
     device, judge, data, given = inputs
     code = [source(file) for file in ("vbon.py", "model.py", "reward.py", "train.py")]
     return dataclasses.asdict(settings) | {
-        # a small text may have fewer prompts than the settings want
+        # a small text may have fewer tokens and prompts than the settings want
+        "vocab": text.encoding.n_vocab,
         "prompts": len(text.prompts),
         "held_prompts": len(text.held_prompts),
         "data": data and digest(data),

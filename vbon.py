@@ -54,17 +54,6 @@ def empirical_cdf(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P,
     return (less + 1) / (m + 1)
 
 
-def cdf_interval(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Another estimate of F_lt and F_le, each (P, K): y counts as one of M + 1 responses.
-
-    Reward 2 against 1, 2, 2, 3 gives 1/5 and 4/5. Over y ~ π_ref, π_bon/π_ref then has mean 1. It
-    stands here to be compared with (7); nothing in training uses it.
-    """
-    less, equal = _count_less_and_equal(reward, ref_rewards)
-    total = ref_rewards.shape[1] + 1
-    return less / total, (less + equal + 1) / total
-
-
 def win_rate(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P, M) -> (P, K)
     """The share of the M reference responses that y beats; a tie counts half.
 
@@ -176,6 +165,17 @@ def bon_attains(ref_rewards: Tensor, n: int) -> tuple[float, float]:  # (P, M) -
     wins = ratio * (cdf_lt + cdf_le) / 2           # it beats F_lt, and half of what ties
     return kl.mean().item(), wins.mean().item()
 
+
+def cdf_interval(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """Another estimate of F_lt and F_le, each (P, K): y counts as one of M + 1 responses.
+
+    Reward 2 against 1, 2, 2, 3 gives 1/5 and 4/5. Over y ~ π_ref, π_bon/π_ref then has mean 1. It
+    stands here to be compared with (7); nothing in training uses it.
+    """
+    less, equal = _count_less_and_equal(reward, ref_rewards)
+    total = ref_rewards.shape[1] + 1
+    return less / total, (less + equal + 1) / total
+
 # ---------------------------------------------------------------- 3. the objective and its gradient
 
 def leave_one_out(score: Tensor) -> Tensor:  # (P, K) -> (P, K)
@@ -199,9 +199,9 @@ def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (
     """
     _check_shapes(logprob, log_target)
     logprob = _float64(logprob)
-    # Detached: in (6) the score is a number. Else autograd would differentiate it too, and add
-    # -log π_θ · ∇ log π_θ. When π_θ reaches the target, the score is the same for every response,
-    # and the noise of the gradient is zero.
+    # Detached: in (6) the score is a number. Else autograd would differentiate the product with
+    # log π_θ twice, and add -log π_θ · ∇ log π_θ, whose mean is not 0. When π_θ reaches the target,
+    # the score is the same for every response, and the noise of the gradient is zero.
     score = (_float64(log_target) - logprob).detach()
     if not score.isfinite().all():
         raise ValueError("want finite log-probabilities, got nan or inf")

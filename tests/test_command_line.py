@@ -302,6 +302,15 @@ def test_each_row_has_all_keys_and_what_made_it(finished_run):
 DAMAGED = [b"not json", b"{}", b"[1]", b"", b"\xff\xfe", b'{"method": "ref"']
 
 
+def test_a_row_takes_the_place_of_one_with_the_same_settings_in_any_order(tmp_path):
+    row = {name: 1 for name in train.KEYS}
+    train.add_results(tmp_path, [row, row | {"n": 2}])
+    backwards = dict(reversed(row.items())) | {"reward": 7}
+    train.add_results(tmp_path, [backwards])
+    rows = [(r["n"], r["reward"]) for r in train.read_results(tmp_path)]
+    assert rows == [(1, 7), (2, 1)]
+
+
 @pytest.mark.parametrize("line", DAMAGED)
 def test_a_damaged_line_is_refused_by_its_number_and_stays(line, copied_run):
     path = copied_run / "out" / "results.jsonl"

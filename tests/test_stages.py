@@ -180,6 +180,50 @@ def test_a_damaged_file_of_the_cache_is_made_again(left, copied_run, finished_ru
     assert read_rows(copied_run / "out") == read_rows(finished_run / "out")
 
 
+def test_the_picture_shows_the_numbers_of_the_table(tmp_path, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+
+    def samples(m):
+        reward = torch.randn(3, m, generator=generator).double()
+        return train.Samples(torch.zeros(3, m, 1), -torch.ones(3, m), reward, 0.0)
+
+    held = samples(64)
+    draws = samples(40)
+    rewards = 1 + torch.randn(3, 20, generator=generator)
+    rows = [{"method": method, "n": 4, "reward": i / 10, "kl_ref": i / 20, "win_rate": 0.5 + i / 10}
+            for i, method in enumerate(["ref", "bon", "vbon"])]
+    history = [{"kl_ref": i / 30, "win_rate": 0.5 + i / 30} for i in range(5)]
+    pyplot = train.plain_pyplot()
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)    # to look at it after it was drawn
+    train.draw_picture(tmp_path / "a.png", rows, draws, held, rewards, history, 0)
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+    left, right = figures[0].axes
+    # left: histograms of the rewards; their means, as in the table, are dotted lines
+    assert [line.get_xdata()[0] for line in left.lines] == [0.0, 0.1, 0.2]
+    best = draws.reward.view(3, 10, 4).max(-1).values
+    for patch, wanted in zip(left.patches, (draws.reward, best, rewards)):
+        corners = patch.get_xy()
+        area = 0.0
+        moment = 0.0
+        for (x, y), (next_x, _) in zip(corners, corners[1:]):
+            if next_x > x and y > 0:                        # the top of a bin
+                area += (next_x - x) * y
+                moment += (next_x - x) * y * (x + next_x) / 2
+        assert area == pytest.approx(1, abs=1e-6)
+        inside = wanted[(wanted > draws.reward.min() - 0.1) & (wanted < draws.reward.max() + 0.1)]
+        assert moment == pytest.approx(inside.mean().item(), abs=0.08)
+    # right: theory, the way of the policy, where it ended, and best of 4
+    theory, way, end, four = [line.get_xydata().tolist() for line in right.lines]
+    assert theory == [list(vbon.bon_attains(held.reward, n)) for n in range(1, 13)]
+    assert way == [[i / 30, 0.5 + i / 30] for i in range(5)]
+    assert end == [[0.1, 0.7]]
+    assert four == [theory[3]]
+    monkeypatch.undo()
+    pyplot.close("all")
+
+
 def test_nothing_but_finished_files_is_left(finished_run):
     names = {path.name for path in (finished_run / "out").iterdir()}
     assert names == {"cache", "policy-n2-seed0", "reference-seed0", "results.jsonl", "samples.txt",
