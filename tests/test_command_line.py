@@ -3,6 +3,7 @@ import ast
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import subprocess
 import sys
@@ -136,6 +137,40 @@ def test_ctrl_c_is_status_130(capsys):
     assert "the same command goes on after" in capsys.readouterr().err
 
 # --------------------------------------------------------------------------------- what is printed
+
+TABLE = '''
+               reward     win rate     KL to ref     KL to BoN positive samples
+reference      -0.123 0.500 ±0.001  0.000 ±0.000  1.600 ±0.020     0.25       1
+best of 4        12.3 0.800 ±0.002  0.600 ±0.010  0.000 ±0.000     0.50       4
+vBoN             11.1 0.790 ±0.003  0.610 ±0.011  0.050 ±0.006     0.75       1
+theory, n = 4         0.733         0.464         0.000
+
+In 50% of all pairs of reference responses, both have the same reward.
+'''
+
+
+def test_the_table_is_what_a_person_expects(capsys):
+    metrics = ("reward", "win_rate", "win_rate_se", "kl_ref", "kl_ref_se", "kl_bon", "kl_bon_se",
+               "positive", "samples_per_answer")
+    values = {"ref": (-0.1234, 0.5, 0.001, 0.0, 0.0, 1.6, 0.02, 0.25, 1),
+              "bon": (12.345, 0.8, 0.002, 0.6, 0.01, 0.0, 0.0, 0.5, 4),
+              "vbon": (11.12, 0.79, 0.003, 0.61, 0.011, 0.05, 0.006, 0.75, 1)}
+    rows = [{"method": method, "n": 4} | dict(zip(metrics, row)) for method, row in values.items()]
+    # 3 right answers of 10, and 4 of 10: pairs that tie are (3·2 + 7·6) / 90 and (4·3 + 6·5) / 90
+    held = torch.tensor([[1.0] * 3 + [0.0] * 7, [1.0] * 4 + [0.0] * 6])
+    ties = (48 / 90 + 42 / 90) / 2
+    assert train.share_of_ties(held) == pytest.approx(ties)
+    # best of 4 is right with the probability 1 - .7⁴, 1 - .6⁴
+    kls = []
+    wins = []
+    for p in (0.3, 0.4):
+        right = 1 - (1 - p) ** 4
+        kls.append(right * math.log(right / p) + (1 - right) * math.log((1 - right) / (1 - p)))
+        wins.append(right * (1 - p / 2) + (1 - right) * (1 - p) / 2)
+    assert (sum(wins) / 2, sum(kls) / 2) == pytest.approx((0.733, 0.464), abs=5e-4)
+    train.print_table(rows, held)
+    assert capsys.readouterr().out.startswith(TABLE)
+
 
 class Terminal(io.StringIO):
     """A file that says it is a terminal."""
