@@ -331,6 +331,44 @@ def test_an_update_follows_the_exact_gradient_and_reports_the_exact_means(method
         assert value == pytest.approx(exact[name], abs=0.03), name
 
 
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_a_stopped_training_goes_on_as_if_nothing_had_happened(method, tmp_path):
+    reference, prompt, _ = tiny_world()
+    reference.untie_head()
+    prompts = torch.tensor([[0], [1], [2]])
+    cached, logprob = reference.sample(prompts, 8, 3, torch.Generator().manual_seed(0))
+    samples = train.Samples(cached, logprob, world_reward(prompts, cached), 0.0)
+    settings = train.Settings(steps=6, batch=2, k=4, length=3)
+
+    def train_on(path, reward_fn):
+        return methods.fine_tune(method, 2.0, path, reference, reward_fn, prompts, samples, 2,
+                                 settings, 0)
+
+    whole = train_on(tmp_path / "whole", world_reward)
+    # stop it after the fourth step
+    update = methods.update
+    steps = []
+
+    def four_updates(*given):
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        steps.append(given)
+        return update(*given)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(methods, "update", four_updates)
+        train_on(tmp_path / "stopped", world_reward)
+    saved = train.load(tmp_path / "stopped")
+    assert saved["step"] == 4
+    train.save(tmp_path / "stopped", saved | {"seconds": 1000.0})
+    again = train_on(tmp_path / "stopped", world_reward)
+    assert again["history"] == whole["history"]
+    for name, x in whole["weights"].items():
+        assert torch.equal(again["weights"][name], x), name
+    assert 0 <= whole["seconds"] < 100
+    assert 1000 <= again["seconds"] < 1100
+
+
 def test_parts_of_a_batch_change_nothing():
     """Gradients of parts add up. With n = M, every winner is the best of all: nothing is drawn."""
     reference, _, _ = tiny_world()
@@ -395,7 +433,7 @@ def read_lines(folder):
     rows = []
     for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        del row["seconds"]
+        assert 0 <= row.pop("seconds") < 600
         rows.append(row)
     return rows
 

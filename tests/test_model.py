@@ -101,6 +101,19 @@ def test_a_draw_is_one_of_the_tokens_even_where_rounding_says_the_next():
     assert draw(prob, torch.Generator().manual_seed(0)).unique().tolist() == [0]
 
 
+def test_new_weights_are_as_large_as_gpt2s():
+    model = GPT(300, 40, n_layer=2, n_head=2, n_embd=64, generator=torch.Generator().manual_seed(0))
+    for name, p in model.named_parameters():
+        if "ln_" in name:
+            assert p.unique().tolist() == [0 if name.endswith("bias") else 1], name
+        elif name.endswith("bias"):
+            assert not p.any(), name
+        else:
+            # two blocks, each of which adds twice
+            std = 0.02 / math.sqrt(4) if "c_proj" in name else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
+
+
 def test_the_loss_of_a_new_model_is_that_of_guessing_and_falls():
     tokens = torch.arange(48).view(4, 12) % 19
     tokens[:, 8:] = 19

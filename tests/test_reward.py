@@ -306,7 +306,9 @@ def test_too_few_reviews_are_refused(tmp_path):
 def test_too_few_prompts_are_refused(tmp_path):
     lines = [f"text number {i}" for i in range(100)]
     (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
-    assert len(load_reviews(tmp_path, labelled=False)) == 100
+    assert load_reviews(tmp_path, labelled=False) == [(line, 0) for line in lines]
+    with pytest.raises(UnusableInput, match="want pos.txt"):
+        load_reviews(tmp_path)
     (tmp_path / "prompts.txt").write_text("\n".join(lines[1:]), encoding="utf-8")
     with pytest.raises(UnusableInput, match="99"):
         load_reviews(tmp_path, labelled=False)
