@@ -194,14 +194,14 @@ def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (
     """A number whose *gradient* is minus (6), if y was sampled from π_θ: a surrogate for -J.
 
     Minus, since an optimizer minimises; the mean is over prompts and responses. Its value means
-    nothing; watch the KL to π_bon instead. Raises ValueError for K < 2, unequal
-    shapes and log-probabilities that are not finite.
+    nothing; watch the KL to π_bon instead. Raises ValueError for K < 2, unequal shapes and
+    log-probabilities that are not finite.
     """
     _check_shapes(logprob, log_target)
     logprob = _float64(logprob)
-    # Detached: in (6) the score is a number. Else autograd would differentiate the product with
-    # log π_θ twice, and add -log π_θ · ∇ log π_θ, whose mean is not 0. When π_θ reaches the target,
-    # the score is the same for every response, and the noise of the gradient is zero.
+    # Detached: in (6) the score is a number. Else autograd would differentiate both factors of
+    # advantage · logprob, and add -log π_θ · ∇ log π_θ, whose mean is not 0. When π_θ reaches the
+    # target, the score is the same for every response, and the noise of the gradient is zero.
     score = (_float64(log_target) - logprob).detach()
     if not score.isfinite().all():
         raise ValueError("want finite log-probabilities, got nan or inf")
