@@ -369,6 +369,46 @@ def test_a_stopped_training_goes_on_as_if_nothing_had_happened(method, tmp_path)
     assert 1000 <= again["seconds"] < 1100
 
 
+def test_half_of_the_responses_of_bond_are_winners(monkeypatch):
+    reference, prompt, _ = tiny_world()
+    policy, _, _ = tiny_world()
+    cached, _ = reference.sample(prompt, 8, 3, torch.Generator().manual_seed(0))
+    scored = []
+    logprob = policy.logprob
+    monkeypatch.setattr(policy, "logprob",
+                        lambda x, y: scored.append(y.shape[1]) or logprob(x, y))
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    methods.update_bond(policy, reference, optimizer, world_reward, prompt, cached,
+                        world_reward(prompt, cached), 2, 5, torch.Generator().manual_seed(0), 1)
+    assert scored == [2, 3]                             # winners, then its own
+
+
+def test_the_learning_rate_follows_the_schedule_of_train(tmp_path, monkeypatch):
+    reference, prompt, _ = tiny_world()
+    reference.untie_head()
+    prompts = torch.tensor([[0], [1], [2]])
+    cached, logprob = reference.sample(prompts, 8, 3, torch.Generator().manual_seed(0))
+    samples = train.Samples(cached, logprob, world_reward(prompts, cached), 0.0)
+    settings = train.Settings(steps=8, batch=2, k=4, length=3, lr=0.02)
+    rates = []
+
+    def watch(module):
+        update = module.update
+
+        def watched(*given):
+            optimizer, = [x for x in given if isinstance(x, torch.optim.Optimizer)]
+            rates.append(optimizer.param_groups[0]["lr"])
+            return update(*given)
+        monkeypatch.setattr(module, "update", watched)
+
+    watch(vbon)
+    train.fine_tune(tmp_path / "a", reference, world_reward, prompts, samples.reward, 2, settings, 0)
+    watch(methods)
+    methods.fine_tune("bon-sft", None, tmp_path / "b", reference, world_reward, prompts, samples, 2,
+                      settings, 0)
+    assert rates == 2 * [0.02 * train.decay(step, 8) for step in range(8)]
+
+
 def test_parts_of_a_batch_change_nothing():
     """Gradients of parts add up. With n = M, every winner is the best of all: nothing is drawn."""
     reference, _, _ = tiny_world()

@@ -303,6 +303,18 @@ def test_too_few_reviews_are_refused(tmp_path):
     assert len(load_reviews(tmp_path)) == 220
 
 
+def test_2000_characters_of_a_review_are_used(tmp_path):
+    write_lines(tmp_path, ["x" * 2001, *PRAISE], BLAME)
+    assert load_reviews(tmp_path)[0] == ("x" * 2000, 1)
+
+
+def test_a_vocabulary_larger_than_its_merges_is_refused_with_both_sizes(saved):
+    _, folder = saved
+    change_tokenizer(folder, lambda content: content["model"]["vocab"].update({"zzz": 400}))
+    with pytest.raises(UnusableInput, match="401 tokens, but the merges make 400"):
+        pretrained_encoding(folder)
+
+
 def test_too_few_prompts_are_refused(tmp_path):
     lines = [f"text number {i}" for i in range(100)]
     (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
