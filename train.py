@@ -516,7 +516,7 @@ def print_table(rows: list[dict], held_rewards: Tensor) -> None:
     print(f"\n{'':14}{'reward':>7}{'win rate':>13}{'KL to ref':>14}{'KL to BoN':>14}"
           f"{'positive':>9}{'samples':>8}")
     for row in rows:
-        line = f"{title(row['method'], row['n']):14}{row['reward']:#7.3g}"
+        line = f"{title(row['method'], row['n']):13}{row['reward']:#8.3g}"
         for name, width in (("win_rate", 13), ("kl_ref", 14), ("kl_bon", 14)):
             cell = f"{row[name]:.3f} ±{row[name + '_se']:.3f}"
             line += cell.rjust(width)
