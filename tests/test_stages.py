@@ -148,6 +148,16 @@ def test_the_learning_rate_is_constant_for_half_of_the_steps_and_then_falls():
     assert rates == pytest.approx([1, 1, 1, 1, 1, (1 + half) / 2, 0.5, (1 - half) / 2])
 
 
+def test_the_accuracy_is_that_of_the_sign_on_unseen_reviews():
+    text = train.make_text(None, None, QUICK, 0)
+    reward, accuracy = train.get_reward(text, QUICK, 0, torch.device("cpu"))
+    unseen = text.tokens[:text.n_unseen]
+    logit = reward.fn(unseen[:, :4], unseen[:, None, 4:])[:, 0]
+    right = (logit > 0) == (text.labels[:text.n_unseen] == 1)
+    assert accuracy == pytest.approx(right.float().mean().item())
+    assert 0.5 < accuracy < 1
+
+
 def test_another_n_needs_a_policy_and_nothing_else(copied_run):
     before = cached(copied_run / "out")
     assert run("--quick", "--n", 3, cwd=copied_run)[0] == 0
@@ -220,6 +230,8 @@ def test_the_picture_shows_the_numbers_of_the_table(tmp_path, monkeypatch):
     assert way == [[i / 30, 0.5 + i / 30] for i in range(5)]
     assert end == [[0.1, 0.7]]
     assert four == [theory[3]]
+    low, high = right.get_xlim()
+    assert low < 0 and theory[3][0] < high == pytest.approx(1.7 * theory[3][0] + 0.1)
     monkeypatch.undo()
     pyplot.close("all")
 
