@@ -872,6 +872,7 @@ def check_folders(args: argparse.Namespace, folders: list[Path]) -> None:
                                 f"--out")
         if not (folder / "settings.json").is_file():
             raise UnusableInput(f"{folder}: not made by this program; move it away")
+        read_json(folder / "settings.json")             # if it is damaged, say so now
 
 
 def leave_model(folder: Path, model: GPT, encoding: tiktoken.Encoding, row: dict) -> None:

@@ -85,6 +85,13 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
     assert (tmp_path / REFERENCE / "thesis.txt").exists()
 
 
+def test_damaged_settings_are_refused_before_any_work(copied_run):
+    (copied_run / POLICY / "settings.json").write_text("{", encoding="utf-8")
+    status, printed, error = run("--quick", "--n", 2, cwd=copied_run)
+    assert (status, printed) == (2, "")
+    assert "settings.json: not a JSON file" in error
+
+
 def test_a_question_leaves_no_models(tmp_path):
     args = ("--quick", "--n", 2, "--sample", "i watched this film")
     assert run(*args, cwd=tmp_path)[0] == 0
