@@ -221,10 +221,14 @@ def test_settings_follow_text_model_n_and_flags():
     assert (settings.vocab, settings.lm_steps, settings.steps) == (512, 400, 1800)
     # a given model says how large it is, and what room it has
     given = train.Given(GPT(50, 12, n_layer=3, n_head=2, n_embd=16), None)
-    settings = train.choose_settings(train.parse_arguments([]), 4, data[:6000], given)
+    settings = train.choose_settings(train.parse_arguments([]), 4, data[:6049], given)
     assert settings == dataclasses.replace(
-        train.Settings(), reviews=6000, vocab=50, layers=3, heads=2, width=16, lm_steps=120,
+        train.Settings(), reviews=6049, vocab=50, layers=3, heads=2, width=16, lm_steps=120,
         lm_lr=5e-5, epochs=6, prompts=256, held_prompts=32, steps=250, lr=3e-3, length=8)
+    # GPT-2's logits are so many that an update takes its prompts three at a time
+    large = GPT(50257, 12, n_layer=1, n_head=1, n_embd=1)
+    assert train.prompts_at_a_time(large, train.Settings()) == 3
+    assert train.prompts_at_a_time(large, train.Settings(k=1000)) == 1
     # all of it tiny
     settings = train.choose_settings(train.parse_arguments(["--quick"]), 4, None, None)
     assert settings == dataclasses.replace(
