@@ -219,6 +219,9 @@ def test_settings_follow_text_model_n_and_flags():
         steps=600, lr=3e-3)
     settings = train.choose_settings(train.parse_arguments([]), 9, data[:1200], None)
     assert (settings.vocab, settings.lm_steps, settings.steps) == (512, 400, 1800)
+    settings = train.choose_settings(train.parse_arguments([]), 9, data[:4003], None)
+    assert (settings.vocab, settings.lm_steps) == (1000, 1334)
+    assert type(settings.vocab) is type(settings.lm_steps) is int
     # a given model says how large it is, and what room it has
     given = train.Given(GPT(50, 12, n_layer=3, n_head=2, n_embd=16), None)
     settings = train.choose_settings(train.parse_arguments([]), 4, data[:6049], given)
