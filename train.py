@@ -710,7 +710,7 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(args: argparse.Namespace, ns: list[int], folders: list[Path]) -> Inputs:
-    """Check the command line and read what it names; `folders` are those that the run will write."""
+    """Check the command line, and read what it names; the run will write `folders`."""
     for n in ns:
         check_arguments(args, n)
     read_results(Path(args.out))                        # if they are damaged, say so now
