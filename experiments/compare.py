@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     out = Path(args.out)
     inputs = train.read_inputs(args, args.n, all_folders(args, out))
-    device, judge, data, given = inputs
+    data = inputs.data
+    given = inputs.given
     for n in args.n:
         check_arguments(args, n, train.choose_settings(args, n, data, given))
 
@@ -57,8 +58,6 @@ def main(argv: list[str] | None = None) -> None:
             decoded = measure_decoding(world, n, betas[n], seed, made_by)
             trained, rewards = measure_policies(world, policies, n, settings, seed, made_by)
             train.add_results(out, decoded + trained)
-            train.leave_model(out / f"reference-seed{seed}", world.reference, world.text.encoding,
-                              decoded[0])
             for policy, row in zip(policies, trained):
                 folder = policy_folder(args, out, policy.method, n, policy.beta, seed)
                 train.leave_model(folder, policy.model, world.text.encoding, row)
@@ -66,6 +65,9 @@ def main(argv: list[str] | None = None) -> None:
             for row, reward in zip(trained, rewards):
                 rows.append(row | distances(row, reward, world.held.reward))
             report += answers(world, policies, world.held_prompts[:8], n, settings, seed) + "\n"
+        if world.question is None:
+            train.leave_model(out / f"reference-seed{seed}", world.reference, world.text.encoding,
+                              decoded[0])
     if args.sample is not None:
         return
 
@@ -250,8 +252,8 @@ def distances(row: dict, reward: Tensor, held_rewards: Tensor) -> dict[str, floa
 
     reward (P', K) are the rewards of its responses, held_rewards (P', M) those of the reference.
     For win_rate and reward: `below_*` of the row; `aim_below_*` of the aim; `left_*`, what training
-    has left undone: the difference of the two. Also the aim itself: aim_win_rate,
-    aim_kl_ref and aim_kl_bon.
+    has left undone: the difference of the two. Also the aim itself: aim_win_rate, aim_kl_ref and
+    aim_kl_bon.
     """
     aim = theory.aim(row["method"], row["n"], row["beta"], held_rewards)
     found = {}

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import train
 import vbon
+from experiments.studies import any_reward
 from model import GPT, add_adapters
 from reward import builtin_reviews, encode, save_tokenizer, train_tokenizer
 
@@ -140,16 +141,11 @@ def time_our_update(repeats: int) -> list[float]:
     ref_rewards = torch.randn(len(prompt), SETTINGS.m, generator=generator)
 
     def update() -> None:
-        vbon.update(policy, reference, optimizer, count_tokens, prompt, ref_rewards, 4, SETTINGS.k,
+        vbon.update(policy, reference, optimizer, any_reward, prompt, ref_rewards, 4, SETTINGS.k,
                     SETTINGS.length, generator)
 
     update()
     return [measure(update) for _ in range(repeats)]
-
-
-def count_tokens(prompt: Tensor, response: Tensor) -> Tensor:  # -> (P, K)
-    """A reward that costs nothing."""
-    return (response % 7).double().mean(-1)
 
 
 def time_rloo(folder: Path, repeats: int) -> list[float]:

@@ -35,8 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     out = Path(args.out)
     inputs = train.read_inputs(args, [args.n], [])
-    _, judge, data, given = inputs
-    settings = train.choose_settings(args, args.n, data, given)
+    settings = train.choose_settings(args, args.n, inputs.data, inputs.given)
     train.check_settings(settings, args, args.n)
     rows = train.read_results(out)
     world = make_world(args, out, inputs, settings, args.seed)

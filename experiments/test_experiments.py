@@ -332,20 +332,25 @@ def test_an_update_follows_the_exact_gradient_and_reports_the_exact_means(method
         assert value == pytest.approx(exact[name], abs=0.03), name
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
-def test_a_stopped_training_goes_on_as_if_nothing_had_happened(method, tmp_path):
-    reference, prompt, _ = tiny_world()
+def three_prompts():
+    """The reference of the tiny world with a head of its own, three prompts, 8 samples to each."""
+    reference, _, _ = tiny_world()
     reference.untie_head()
     prompts = torch.tensor([[0], [1], [2]])
     cached, logprob = reference.sample(prompts, 8, 3, torch.Generator().manual_seed(0))
-    samples = train.Samples(cached, logprob, world_reward(prompts, cached), 0.0)
+    return reference, prompts, train.Samples(cached, logprob, world_reward(prompts, cached), 0.0)
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_a_stopped_training_goes_on_as_if_nothing_had_happened(method, tmp_path):
+    reference, prompts, samples = three_prompts()
     settings = train.Settings(steps=6, batch=2, k=4, length=3)
 
-    def train_on(path, reward_fn):
-        return methods.fine_tune(method, 2.0, path, reference, reward_fn, prompts, samples, 2,
+    def train_on(path):
+        return methods.fine_tune(method, 2.0, path, reference, world_reward, prompts, samples, 2,
                                  settings, 0)
 
-    whole = train_on(tmp_path / "whole", world_reward)
+    whole = train_on(tmp_path / "whole")
     # stop it after the fourth step
     update = methods.update
     steps = []
@@ -358,11 +363,11 @@ def test_a_stopped_training_goes_on_as_if_nothing_had_happened(method, tmp_path)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(methods, "update", four_updates)
-        train_on(tmp_path / "stopped", world_reward)
+        train_on(tmp_path / "stopped")
     saved = train.load(tmp_path / "stopped")
     assert saved["step"] == 4
     train.save(tmp_path / "stopped", saved | {"seconds": 1000.0})
-    again = train_on(tmp_path / "stopped", world_reward)
+    again = train_on(tmp_path / "stopped")
     assert again["history"] == whole["history"]
     for name, x in whole["weights"].items():
         assert torch.equal(again["weights"][name], x), name
@@ -385,11 +390,7 @@ def test_half_of_the_responses_of_bond_are_winners(monkeypatch):
 
 
 def test_the_learning_rate_follows_the_schedule_of_train(tmp_path, monkeypatch):
-    reference, prompt, _ = tiny_world()
-    reference.untie_head()
-    prompts = torch.tensor([[0], [1], [2]])
-    cached, logprob = reference.sample(prompts, 8, 3, torch.Generator().manual_seed(0))
-    samples = train.Samples(cached, logprob, world_reward(prompts, cached), 0.0)
+    reference, prompts, samples = three_prompts()
     settings = train.Settings(steps=8, batch=2, k=4, length=3, lr=0.02)
     rates = []
 
@@ -403,7 +404,8 @@ def test_the_learning_rate_follows_the_schedule_of_train(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "update", watched)
 
     watch(vbon)
-    train.fine_tune(tmp_path / "a", reference, world_reward, prompts, samples.reward, 2, settings, 0)
+    train.fine_tune(tmp_path / "a", reference, world_reward, prompts, samples.reward, 2, settings,
+                    0)
     watch(methods)
     methods.fine_tune("bon-sft", None, tmp_path / "b", reference, world_reward, prompts, samples, 2,
                       settings, 0)

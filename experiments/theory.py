@@ -212,19 +212,20 @@ def aim(method: str, n: int, beta: float | None, ref_rewards: Tensor) -> dict[st
 
     As `tilt`, and kl_bon, the KL of the target itself to best-of-n.
     """
+    log_bon = bon_weights(n, ref_rewards).log()
     if method == "bound":
         score = (n - 1) * vbon.empirical_cdf(ref_rewards, ref_rewards).log()
+        found = tilt(score, ref_rewards)
     elif method == "kl-rl":
         score = ref_rewards.cpu().double() / beta
+        found = tilt(score, ref_rewards)
     else:
-        score = bon_weights(n, ref_rewards).log()
-    found = tilt(score, ref_rewards)
-    if method not in ("bound", "kl-rl"):
-        found = best_of_n(n, ref_rewards)               # its mean reward is unbiased
+        score = log_bon
+        found = best_of_n(n, ref_rewards)
     if found["ess"] < MIN_SIZE:
         return None
     log_weight = score.log_softmax(-1)
-    log_ratio = log_weight - bon_weights(n, ref_rewards).log()
+    log_ratio = log_weight - log_bon
     return found | {"kl_bon": (log_weight.exp() * log_ratio).sum(-1).mean().item()}
 
 
