@@ -60,25 +60,6 @@ def test_the_cdf_is_the_strict_rank_plus_one():
     assert torch.equal(vbon.empirical_cdf(reward, ref_rewards), fifths / 5)
 
 
-def test_the_interval_by_hand():
-    """Reward 2 against 1, 2, 2, 3 gives 1/5 and 4/5."""
-    ref_rewards = torch.tensor([[1.0, 2.0, 2.0, 3.0]])
-    reward = torch.tensor([[2.0, 2.5, 0.0, 9.0]])
-    cdf_lt, cdf_le = vbon.cdf_interval(reward, ref_rewards)
-    assert torch.equal(cdf_lt, torch.tensor([[1, 3, 0, 4]]).double() / 5)
-    assert torch.equal(cdf_le, torch.tensor([[4, 4, 1, 5]]).double() / 5)
-
-
-@pytest.mark.parametrize("n", [1, 2, 4, 16])
-def test_the_weight_by_the_interval_has_a_mean_of_exactly_one(n):
-    """Each of M + 1 rewards takes its turn as y, with the others as reference."""
-    pool = torch.tensor([0.3, 1.0, 1.0, 2.0, -1.0, 1.0, 5.0])
-    others = torch.stack([torch.cat([pool[:i], pool[i + 1:]]) for i in range(len(pool))])
-    cdf_lt, cdf_le = vbon.cdf_interval(pool[:, None], others)
-    log_weight = vbon.bon_logprob_ties(torch.zeros(7, 1), cdf_lt.log(), cdf_le.log(), n)
-    assert log_weight.exp().mean().item() == pytest.approx(1, abs=1e-12)
-
-
 def test_a_tie_counts_half_in_the_win_rate():
     """Reward 2 against 1, 2, 2, 3 beats one and ties with two: 0.5."""
     ref_rewards = torch.tensor([[1.0, 2.0, 2.0, 3.0]])
@@ -247,13 +228,6 @@ def test_the_best_of_equals_is_one_of_them_at_random():
     assert (best == 1).double().mean().item() == pytest.approx(0.5, abs=0.04)
 
 
-def test_the_closed_form_for_a_continuous_reward():
-    kl, win = vbon.bon_theory(4)
-    assert kl == pytest.approx(math.log(4) - 3 / 4)
-    assert win == 4 / 5
-    assert vbon.bon_theory(1) == (0, 0.5)
-
-
 def test_without_ties_best_of_n_attains_the_closed_form():
     kl, win = vbon.bon_attains(torch.arange(512)[None], 4)
     assert kl == pytest.approx(0.63629, abs=1e-5)
@@ -360,7 +334,7 @@ EOT = 3
 
 
 def all_responses():
-    """The responses of at most three tokens (1, 40, 3), filled up with end-of-text."""
+    """The responses of at most three tokens (1, 40, 3), padded with end-of-text."""
     found = set()
     for ids in itertools.product(range(4), repeat=3):
         if EOT in ids:
@@ -487,84 +461,63 @@ def test_n_grows_over_the_first_steps_and_stays():
     assert [vbon.grow(1, step, 10) for step in range(10)] == 10 * [1]
 
 
+def test_a_rollout_has_the_samples_their_rewards_and_their_reference_logprobs():
+    policy = tiny_gpt(noise=0.1)
+    prompt = PROMPT.repeat(5, 1)
+    whole = vbon.roll_out(policy, tiny_gpt(), reward_fn, prompt, 6, 3,
+                          torch.Generator().manual_seed(0))
+    sampled, _ = policy.sample(prompt, 6, 3, torch.Generator().manual_seed(0))
+    assert torch.equal(whole.response, sampled)
+    assert torch.equal(whole.reward, reward_fn(prompt, sampled))
+    assert torch.allclose(whole.ref_logprob.exp(), all_logprobs(tiny_gpt()).exp()[which(sampled)])
+    assert not whole.ref_logprob.requires_grad
+    # scoring in parts changes nothing
+    for part in (1, 2, 5, 9):
+        parts = vbon.roll_out(policy, tiny_gpt(), reward_fn, prompt, 6, 3,
+                              torch.Generator().manual_seed(0), part)
+        assert torch.equal(parts.response, whole.response)
+        assert torch.equal(parts.reward, whole.reward)
+        assert torch.allclose(parts.ref_logprob, whole.ref_logprob, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", [None, 1, 2, 5, 9])
+def test_reinforce_adds_the_gradient_of_the_loss(part):
+    """Minus (6), whatever the parts; what .grad held before stays in the sum."""
+    policy = tiny_gpt()
+    prompt = torch.arange(5)[:, None] % 3
+    response, _ = policy.sample(prompt, 4, 3, torch.Generator().manual_seed(0))
+    log_target = torch.randn(5, 4, generator=torch.Generator().manual_seed(1)).double()
+    logprob = policy.logprob(prompt, response).double()
+    exact = gradient_of(vbon.reverse_kl_loss(logprob, log_target), policy)
+    for times in (1, 2):
+        found = vbon.reinforce(policy, prompt, response, log_target, part)
+        added = torch.cat([p.grad.flatten() for p in policy.parameters()])
+        assert torch.allclose(added, times * exact, rtol=0, atol=1e-6)
+    assert torch.allclose(found, logprob, rtol=0, atol=1e-5)
+    assert found.dtype == torch.float64
+    assert not found.requires_grad
+
+
 def test_updates_bring_the_policy_to_best_of_n():
-    """The whole algorithm, without access to the exact F, ends at the exact distribution."""
+    """The complete algorithm, without access to the exact F, ends at the exact distribution."""
     steps = 220
     reference = tiny_gpt()
     policy = tiny_gpt()
     log_bon = exact_bon(reference, 4)
-    ref_logprob = all_logprobs(reference).detach()
     g = torch.Generator().manual_seed(6)
-    cached, _ = reference.sample(PROMPT, 20_000, 3, g)
-    ref_rewards = reward_fn(PROMPT, cached)
+    ref_response, _ = reference.sample(PROMPT, 20_000, 3, g)
+    ref_rewards = reward_fn(PROMPT, ref_response)
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.006)
     assert exact_kl(policy, log_bon).item() > 0.1
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.006 * (1 - step / steps)
-        watched = vbon.update(policy, reference, optimizer, reward_fn, PROMPT, ref_rewards,
-                              vbon.grow(4, step, steps), 512, 3, g)
+        n = vbon.grow(4, step, steps)
+        optimizer.zero_grad()
+        rollout = vbon.roll_out(policy, reference, reward_fn, PROMPT, 512, 3, g)
+        log_target = vbon.bon_target(rollout.ref_logprob, rollout.reward, ref_rewards, n)
+        vbon.reinforce(policy, PROMPT, rollout.response, log_target)
+        optimizer.step()
     assert exact_kl(policy, log_bon).item() < 0.015
-
-    # what the last update says is what enumeration says
-    wins = vbon.win_rate(REWARDS, ref_rewards)[0]
-    win_rate = (all_logprobs(policy).exp() @ wins).item()
-    assert watched["win_rate"] == pytest.approx(win_rate, abs=0.05)
-    assert watched["kl_ref"] == pytest.approx(exact_kl(policy, ref_logprob).item(), abs=0.15)
-    assert watched["kl_target"] == pytest.approx(exact_kl(policy, log_bon).item(), abs=0.02)
-
-
-class Table:
-    """The least that `update` asks of a model. A response is one token; k of them are 0 .. k-1."""
-
-    def __init__(self):
-        self.logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(1)).double()
-        self.logits.requires_grad_()
-
-    def sample(self, prompt, k, length, generator):
-        response = torch.arange(k).repeat(len(prompt), 1)[..., None]
-        return response, self.logprob(prompt, response).detach()
-
-    def logprob(self, prompt, response):
-        logprob = self.logits[prompt[:, 0]].log_softmax(-1)
-        return logprob.gather(1, response[..., 0])
-
-
-def update_table(part, times=1):
-    """A table after updates by plain gradient descent, and what the last of them returned."""
-    policy = Table()
-    reference = Table()
-    reference.logits.data.mul_(0.5)
-    optimizer = torch.optim.SGD([policy.logits], lr=1.0)
-    prompt = torch.arange(5)[:, None]
-    ref_rewards = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
-    for _ in range(times):
-        watched = vbon.update(policy, reference, optimizer, lambda x, y: (y[..., 0] + x) % 3 - 1.0,
-                              prompt, ref_rewards, 4, 3, 1, torch.Generator(), part)
-    return policy, reference, prompt, ref_rewards, watched
-
-
-@pytest.mark.parametrize("part", [1, 2, 5, 9])
-def test_working_in_parts_changes_nothing(part):
-    whole, *_, seen_whole = update_table(None, times=2)
-    parts, *_, seen_parts = update_table(part, times=2)
-    assert torch.allclose(whole.logits, parts.logits, rtol=0, atol=1e-12)
-    assert seen_whole == pytest.approx(seen_parts, abs=1e-12)
-
-
-def test_one_update_by_hand():
-    """A step against the gradient of the loss, and the three means over the responses."""
-    policy, reference, prompt, ref_rewards, watched = update_table(None)
-    start = Table()
-    response, logprob = start.sample(prompt, 3, 1, None)
-    ref_logprob = reference.logprob(prompt, response)
-    reward = (response[..., 0] + prompt) % 3 - 1.0
-    log_target = vbon.bon_target(ref_logprob, reward, ref_rewards, 4)
-    vbon.reverse_kl_loss(start.logprob(prompt, response), log_target).backward()
-    assert torch.allclose(policy.logits, start.logits - start.logits.grad, rtol=0, atol=1e-12)
-    assert watched == pytest.approx({
-        "win_rate": vbon.win_rate(reward, ref_rewards).mean().item(),
-        "kl_ref": (logprob - ref_logprob).mean().item(),
-        "kl_target": (logprob - log_target).mean().item()})
 
 # --------------------------------------------------------------------------------- the two programs
 
@@ -609,7 +562,7 @@ def quick_run(folder):
     return printed.getvalue(), rows
 
 
-def test_the_main_job_writes_results_a_picture_and_answers(tmp_path):
+def test_the_main_job_writes_results_a_picture_and_samples(tmp_path):
     printed, rows = quick_run(tmp_path)
     assert "vBoN n=2 3/3" in printed
     assert "theory, n = 2" in printed
@@ -624,7 +577,7 @@ def test_the_main_job_writes_results_a_picture_and_answers(tmp_path):
     assert (tmp_path / "out" / "vbon.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "out" / "samples.txt").read_text(encoding="utf-8").count("vBoN") == 8
 
-    # once more: nothing is trained or sampled again but the evaluation, and all is the same
+    # once more: nothing is trained or sampled again, and the results are the same
     printed, again = quick_run(tmp_path)
     assert "vBoN n=2 3/3" not in printed
     assert "reference model 10/10" not in printed

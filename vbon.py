@@ -19,7 +19,7 @@ policy π_θ towards it, by minimising KL(π_θ || π_bon). After that, one samp
     (2)  π_bon(y) = (F + π_ref(y))^N - F^N                                     the exact form
                   = Σ_{i=1..N} C(N,i) · F^(N-i) · π_ref(y)^i                   the same, as a sum
     (3)  log π_bon(y) >= log N + (N-1) · log F + log π_ref(y)                  its term i = 1 alone
-    (4)  π_bon(y) = π_ref(y) · Σ_{k=0..N-1} F_le^(N-1-k) · F_lt^k              also when rewards tie
+    (4)  π_bon(y) = π_ref(y) · Σ_{j=0..N-1} F_le^(N-1-j) · F_lt^j              also when rewards tie
          where F_lt = P(r' < r) and F_le = P(r' <= r)
     (5)  J(θ) = E_θ[log π_bon(y) - log π_θ(y)] = -KL(π_θ || π_bon)             the objective
     (6)  ∇J = E_θ[(log π_bon(y) - log π_θ(y) - b) · ∇ log π_θ(y)]              its gradient
@@ -36,6 +36,7 @@ A model needs two methods, and a reward is a function. (P, K) arithmetic is floa
 """
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,8 +107,8 @@ def bon_logprob_ties(ref_logprob: Tensor, log_lt: Tensor, log_le: Tensor, n: int
     F_le = F_lt + π_ref(y) gives equation (2). F_le = F_lt gives equation (3).
     """
     ref_logprob, log_lt, log_le = _check_logs(n, ref_logprob, log_lt, log_le)
-    k = _numbers(0, n - 1, log_lt)                                   # (N, 1, .., 1)
-    log_term = _log_power(log_le, n - 1 - k) + _log_power(log_lt, k)
+    j = _numbers(0, n - 1, log_lt)                                   # (N, 1, .., 1)
+    log_term = _log_power(log_le, n - 1 - j) + _log_power(log_lt, j)
     return ref_logprob + log_term.logsumexp(0)
 
 
@@ -119,12 +120,12 @@ def bon_target(ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int)
     """
     _check_shapes(ref_logprob, reward)
     ref_logprob = _float64(ref_logprob)
-    less, equal = _count_less_and_equal(reward, ref_rewards)
-    total = ref_rewards.shape[1] + 1
-    cdf_lt = (less + 1) / total
+    cdf_lt = empirical_cdf(reward, ref_rewards)
     # P(r' = r): the share of reference responses that tie with y. If none does, y is the only
     # response known to have this reward: its own probability. F_le may then exceed 1 a little.
-    tied = torch.where(equal > 0, equal / total, ref_logprob.exp())
+    _, equal = _count_less_and_equal(reward, ref_rewards)
+    m = ref_rewards.shape[1]
+    tied = torch.where(equal > 0, equal / (m + 1), ref_logprob.exp())
     cdf_le = cdf_lt + tied
     return bon_logprob_ties(ref_logprob, cdf_lt.log(), cdf_le.log(), n)
 
@@ -137,21 +138,12 @@ def best_of_n(reward: Tensor, generator: torch.Generator | None = None) -> Tenso
     return torch.multinomial(is_best.double(), 1, generator=generator)[:, 0]
 
 
-def bon_theory(n: int) -> tuple[float, float]:
-    """KL(π_bon || π_ref) in nats and win rate of best-of-N, if the reward is continuous.
-
-    n = 4 gives log 4 - 3/4 = 0.636 and 4/5.
-    """
-    _check_n(n)
-    kl = math.log(n) - (n - 1) / n
-    return kl, n / (n + 1)
-
-
 def bon_attains(ref_rewards: Tensor, n: int) -> tuple[float, float]:  # (P, M) -> kl, win_rate
     """What best-of-N attains with this reward, ties included: KL to π_ref in nats, and win rate.
 
     The M rewards of a prompt are treated as the whole distribution of its reward: best-of-N returns
-    a reward with probability F_le^N - F_lt^N. Without ties and for large M this is `bon_theory`.
+    a reward with probability F_le^N - F_lt^N. Without ties and for large M, the KL is
+    log N - (N-1)/N and the win rate N/(N+1).
     """
     _check_n(n)
     less, equal = _count_less_and_equal(ref_rewards, ref_rewards)
@@ -164,17 +156,6 @@ def bon_attains(ref_rewards: Tensor, n: int) -> tuple[float, float]:  # (P, M) -
     kl = torch.xlogy(ratio, ratio)                 # ratio · log ratio
     wins = ratio * (cdf_lt + cdf_le) / 2           # it beats F_lt, and half of what ties
     return kl.mean().item(), wins.mean().item()
-
-
-def cdf_interval(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Another estimate of F_lt and F_le, each (P, K): y counts as one of M + 1 responses.
-
-    Reward 2 against 1, 2, 2, 3 gives 1/5 and 4/5. Over y ~ π_ref, π_bon/π_ref then has mean 1. It
-    stands here to be compared with (7); nothing in training uses it.
-    """
-    less, equal = _count_less_and_equal(reward, ref_rewards)
-    total = ref_rewards.shape[1] + 1
-    return less / total, (less + equal + 1) / total
 
 # ---------------------------------------------------------------- 3. the objective and its gradient
 
@@ -221,38 +202,51 @@ def grow(n: int, step: int, steps: int) -> int:
     return math.ceil(n ** progress)
 
 
-def update(policy, reference, optimizer: torch.optim.Optimizer, reward_fn, prompt: Tensor,
-           ref_rewards: Tensor, n: int, k: int, length: int, generator: torch.Generator,
-           part: int | None = None) -> dict[str, float]:
-    """One step of vBoN: k responses of the policy to each prompt (P, T), ref_rewards (P, M).
+class Rollout(NamedTuple):
+    """What steps (a) and (b) return."""
+    response: Tensor                    # (P, K, L) sampled from the policy
+    reward: Tensor                      # (P, K)
+    ref_logprob: Tensor                 # (P, K)
 
-    Returns means over the responses: win_rate, kl_ref and kl_target, the KL to best of *this* n.
-    `part`: prompts for each backward pass, to save memory; the gradients of the parts add up.
+
+@torch.no_grad()
+def roll_out(policy, reference, reward_fn, prompt: Tensor, k: int, length: int,
+             generator: torch.Generator, part: int | None = None) -> Rollout:
+    """Steps (a) and (b) of an update: sample k responses to each prompt (P, T), and judge them.
+
+    All prompts are sampled together. The reference scores `part` of them at a time (default: all),
+    since the logits of all tokens at once need much memory.
     """
-    watched = []
+    # (a) sample from the policy: y ~ π_θ
+    response, _ = policy.sample(prompt, k, length, generator)           # (P, K, L)
+    # (b) ask the reward and the reference what they think of y
+    reward = reward_fn(prompt, response)                                # (P, K)
     size = part or len(prompt)
-    optimizer.zero_grad()
-    for x, refs in zip(prompt.split(size), ref_rewards.split(size)):
-        with torch.no_grad():
-            # (a) sample from the policy, y ~ π_θ
-            response, _ = policy.sample(x, k, length, generator)        # (P, K, L)
-            # (b) ask the reward and the reference what they think of y
-            reward = reward_fn(x, response)                             # (P, K)
-            ref_logprob = _float64(reference.logprob(x, response))      # (P, K)
-            # (c) how probable would best-of-n make y?
-            log_target = bon_target(ref_logprob, reward, refs, n)       # (P, K)
-        # (d) score y under the policy once more: one pass over all tokens, now with gradients
-        logprob = _float64(policy.logprob(x, response))                 # (P, K)
-        # (e) follow the gradient (6); this estimator of it is called REINFORCE
-        weight = len(x) / len(prompt)
-        loss = weight * reverse_kl_loss(logprob, log_target)
+    ref_logprob = []
+    for x, y in zip(prompt.split(size), response.split(size)):
+        ref_logprob.append(_float64(reference.logprob(x, y)))
+    return Rollout(response, reward, torch.cat(ref_logprob))
+
+
+def reinforce(policy, prompt: Tensor, response: Tensor, log_target: Tensor,
+              part: int | None = None) -> Tensor:  # (P, T), (P, K, L), (P, K) -> (P, K)
+    """Steps (d) and (e): add the gradient of the loss, *minus* (6), to .grad of the parameters.
+
+    The policy scores `part` prompts at a time (default: all); the gradients of the parts add up.
+    Returns log π_θ(y), without gradients. This estimator of (6) is called REINFORCE.
+    """
+    size = part or len(prompt)
+    parts = zip(prompt.split(size), response.split(size), log_target.split(size))
+    found = []
+    for x, y, target in parts:
+        # (d) score y under the policy: one pass over all tokens, with gradients
+        logprob = _float64(policy.logprob(x, y))                        # (part, K)
+        # (e) the mean over all prompts is the sum of the parts' means, each times its share
+        share = len(x) / len(prompt)
+        loss = share * reverse_kl_loss(logprob, target)
         loss.backward()
-        logprob = logprob.detach()
-        wins = win_rate(reward, refs)
-        watched.append(torch.stack([wins, logprob - ref_logprob, logprob - log_target]))
-    optimizer.step()
-    wins, kl_ref, kl_target = torch.cat(watched, 1).mean((1, 2)).tolist()
-    return {"win_rate": wins, "kl_ref": kl_ref, "kl_target": kl_target}
+        found.append(logprob.detach())
+    return torch.cat(found)
 
 # ------------------------------------------------------------------ 5. what the functions above use
 
@@ -266,9 +260,9 @@ def _numbers(first: int, last: int, x: Tensor) -> Tensor:
     return numbers.view(-1, *[1] * x.dim())
 
 
-def _log_power(log_x: Tensor, k: Tensor) -> Tensor:
-    """log(x^k) = k · log x, and 0 for k = 0 even where x = 0: there 0 · (-inf) would be nan."""
-    return torch.where(k == 0, 0.0, k * log_x)
+def _log_power(log_x: Tensor, power: Tensor) -> Tensor:
+    """Return log(x^power): 0 for power 0, even where x = 0 and 0 · (-inf) would be nan."""
+    return torch.where(power == 0, 0.0, power * log_x)
 
 
 def _check_n(n: int) -> None:
@@ -302,8 +296,27 @@ def _check_logs(n: int, *logs: Tensor) -> list[Tensor]:
 
 # -------------------------------------------------------------------------------- 6. python vbon.py
 
+class ToyModel:
+    """A language model with one prompt and six responses of one token: just six logits."""
+
+    def __init__(self, prob: Tensor):
+        self.logits = prob.log().requires_grad_()
+
+    def logprob(self, prompt: Tensor, response: Tensor) -> Tensor:
+        """log π(y) (P, K) of responses (P, K, 1)."""
+        return self.logits.log_softmax(0)[response[:, :, 0]]
+
+    def sample(self, prompt: Tensor, k: int, length: int, generator: torch.Generator
+               ) -> tuple[Tensor, Tensor]:
+        """k responses (P, K, 1) to each prompt, and their log-probabilities (P, K)."""
+        prob = self.logits.detach().softmax(0).expand(len(prompt), 6)
+        token = torch.multinomial(prob, k, replacement=True, generator=generator)
+        response = token[:, :, None]
+        return response, self.logprob(prompt, response).detach()
+
+
 def toy(n: int = 4) -> None:
-    """The whole paper on six responses with known probabilities: no network, no estimate of F."""
+    """The paper on six responses with known probabilities, where every number can be checked."""
     prob = torch.tensor([0.20, 0.30, 0.20, 0.05, 0.10, 0.15], dtype=torch.float64)
     reward = torch.tensor([-4.0, -1.0, 0.5, 1.0, 2.0, 3.0], dtype=torch.float64)
     # equation (1): the probability of all responses that score lower
@@ -315,28 +328,37 @@ def toy(n: int = 4) -> None:
         brute[best] += prob[list(draws)].prod()
     log_bon = bon_logprob(prob.log(), cdf.log(), n)
     bound = bon_logprob_bound(prob.log(), cdf.log(), n).exp()
-    # a policy of six numbers that starts as the reference and learns from 64 samples a step
-    logits = prob.log().requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=0.05)
+
+    # vBoN: the policy starts as the reference, and learns from 64 samples in each update. It does
+    # not know F; it has the rewards of 2,000 samples of the reference.
+    reference = ToyModel(prob)
+    policy = ToyModel(prob)
+    prompt = torch.zeros(1, 1, dtype=torch.int64)
+
+    def reward_fn(prompt: Tensor, response: Tensor) -> Tensor:
+        return reward[response[:, :, 0]]
+
     generator = torch.Generator().manual_seed(0)
+    ref_response, _ = reference.sample(prompt, 2000, 1, generator)
+    ref_rewards = reward_fn(prompt, ref_response)
+    optimizer = torch.optim.Adam([policy.logits], lr=0.05)
     kl = []
     for step in range(401):
-        logprob = logits.log_softmax(0)
-        trained = logprob.detach().exp()
-        kl.append(torch.sum(trained * (logprob - log_bon)).item())
-        y = torch.multinomial(trained, 64, replacement=True, generator=generator)
-        loss = reverse_kl_loss(logprob[None, y], log_bon[None, y])   # P = 1 prompt, K = 64
+        logprob = policy.logits.detach().log_softmax(0)
+        kl.append(torch.sum(logprob.exp() * (logprob - log_bon)).item())
         optimizer.zero_grad()
-        loss.backward()
+        rollout = roll_out(policy, reference, reward_fn, prompt, 64, 1, generator)
+        log_target = bon_target(rollout.ref_logprob, rollout.reward, ref_rewards, n)
+        reinforce(policy, prompt, rollout.response, log_target)
         optimizer.step()
 
     print(f"Six responses, n = {n}. How probable each of them is:\n")
     print(" reward   under π_ref   F (1)   best of n   exact (2)   bound (3)   trained policy")
-    table = torch.stack([reward, prob, cdf, brute, log_bon.exp(), bound, trained], 1)
+    table = torch.stack([reward, prob, cdf, brute, log_bon.exp(), bound, logprob.exp()], 1)
     for row in table.tolist():
         print("{:7.1f}{:14.3f}{:8.2f}{:12.4f}{:12.4f}{:12.4f}{:17.4f}".format(*row))
-    print("\nbest of n: all ways to draw n responses, counted one by one. The policy was trained by"
-          "\nreverse_kl_loss on its own samples. Its KL to best-of-n, in nats:")
+    print("\nbest of n: all ways to draw n responses, counted one by one. The policy was trained on"
+          "\nits own samples. Its KL to best-of-n, in nats:")
     for step in (0, 25, 50, 100, 200, 400):
         print(f"  step {step:3}   {kl[step]:.4f}")
 

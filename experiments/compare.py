@@ -6,7 +6,6 @@ Run it from the folder of train.py. It has the stages, the flags, the cache and 
 train.py. For each seed: text, reward, reference samples; then for each N: fine-tuning, evaluation.
 """
 import argparse
-import io
 import math
 import time
 from pathlib import Path
@@ -18,8 +17,16 @@ from torch import Tensor
 import train
 import vbon
 from experiments import methods, theory
-from model import GPT, UnusableInput
-from reward import try_reward
+from model import GPT
+from support import code, options, report, results
+from support.errors import UnusableInput
+from support.files import write_whole
+from support.inputs import Inputs, read_inputs
+from support.kept import keep, rebuild_model
+from support.seeding import seeded_generator
+from support.settings import check_settings, choose_settings
+
+code.read_source(__file__)
 
 TRAINED = ("vbon", *methods.METHODS)
 NAMES = {"ref": "reference", "bon": "best of {n}", "soft-bon": "soft best of {n}", "vbon": "vBoN",
@@ -28,91 +35,57 @@ NAMES = {"ref": "reference", "bon": "best of {n}", "soft-bon": "soft best of {n}
 # ------------------------------------------------------------------------------------- the main job
 
 def main(argv: list[str] | None = None) -> None:
-    """All seeds, N and methods; then tables over the seeds, a picture, and answers."""
+    """All seeds, N and methods; then tables over the seeds, a picture, and samples."""
     began = time.time()
     args = parse_arguments(argv)
     out = Path(args.out)
-    inputs = train.read_inputs(args, args.n, all_folders(args, out))
-    data = inputs.data
-    given = inputs.given
+    inputs = read_inputs(args, args.n, all_folders(args, out))
+    settings = {n: choose_settings(train.Settings(), args, n, inputs) for n in args.n}
     for n in args.n:
-        check_arguments(args, n, train.choose_settings(args, n, data, given))
+        check_arguments(args, n, settings[n])
 
     rows = []
     pool = []                                           # held-out reference rewards of all seeds
-    report = ""
+    samples = ""
     for seed in args.seed:
-        # text, reward and reference samples do not depend on N
-        settings = train.choose_settings(args, args.n[0], data, given)
-        world = make_world(args, out, inputs, settings, seed)
-        pool.append(world.held.reward)
+        # text, reference model, reward and reference samples do not depend on N
+        print(f"seed {seed}", flush=True)
+        world = train.prepare(args, inputs, settings[args.n[0]], max(args.n), seed)
+        pool.append(world.held_out.reward)
         # first all β: if one cannot be found, better now than after an hour
-        betas = {n: choose_betas(args, n, world.held.reward) for n in args.n}
+        betas = {n: choose_betas(args, n, world.held_out.reward) for n in args.n}
         for n in args.n:
-            settings = train.choose_settings(args, n, data, given)
-            policies = get_policies(args, out, world, n, betas[n], settings, seed)
-            if world.question is not None:
-                print(answers(world, policies, world.question, n, settings, seed))
+            policies = get_policies(args, out, world, n, betas[n], settings[n], seed)
+            if world.prompt is not None:
+                print(sample_text(world, policies, world.prompt, n, settings[n], seed))
                 continue
-            made_by = train.describe(settings, world.text, inputs)
+            made_by = results.describe(settings[n], world.text, inputs, train.STAGES)
             decoded = measure_decoding(world, n, betas[n], seed, made_by)
-            trained, rewards = measure_policies(world, policies, n, settings, seed, made_by)
-            train.add_results(out, decoded + trained)
+            trained, rewards = measure_policies(out, world, policies, n, settings[n], seed, made_by)
+            results.add_results(out, decoded + trained)
             for policy, row in zip(policies, trained):
                 folder = policy_folder(args, out, policy.method, n, policy.beta, seed)
-                train.leave_model(folder, policy.model, world.text.encoding, row)
+                results.export_model(folder, policy.model, world.text.encoding, row)
             rows += decoded
             for row, reward in zip(trained, rewards):
-                rows.append(row | distances(row, reward, world.held.reward))
-            report += answers(world, policies, world.held_prompts[:8], n, settings, seed) + "\n"
-        if world.question is None:
-            train.leave_model(out / f"reference-seed{seed}", world.reference, world.text.encoding,
-                              decoded[0])
+                rows.append(row | distances(row, reward, world.held_out.reward))
+            prompts = world.held_out.prompt[:8]
+            samples += sample_text(world, policies, prompts, n, settings[n], seed) + "\n"
+        if world.prompt is None:
+            results.export_model(out / f"reference-seed{seed}", world.reference,
+                                 world.text.encoding, decoded[0])
     if args.sample is not None:
         return
 
     # ---- what all of it says, over the seeds
-    train.write_whole(out / "samples.txt", report.encode("utf-8"))
+    write_whole(out / "samples.txt", samples.encode("utf-8"))
     pool = torch.cat(pool)
     groups = over_seeds(rows, args.beta is not None)
     print_table(groups, args.n, pool)
     print_comparison(groups, args.n)
-    draw_picture(out / "pareto.png", rows, args.n, args.beta is not None, pool)
-    print(f"\n{time.time() - began:.0f} s; {out}/ holds the picture pareto.png, answers in "
+    plot_results(out / "pareto.png", rows, args.n, args.beta is not None, pool)
+    print(f"\n{time.time() - began:.0f} s; {out}/ holds the picture pareto.png, responses in "
           f"samples.txt,\nand all models")
-
-
-class World(NamedTuple):
-    """What the first three stages of train.py make for one seed."""
-    text: train.Text
-    reference: GPT
-    reward: train.Reward
-    samples: train.Samples          # to train with
-    held: train.Samples             # for F in the evaluation
-    draws: train.Samples            # for best-of-N in the evaluation
-    held_prompts: Tensor            # (P', T0) on the device
-    question: Tensor | None         # (3, T) the prompt of --sample, three times, on the device
-
-
-def make_world(args: argparse.Namespace, out: Path, inputs: train.Inputs, settings: train.Settings,
-               seed: int) -> World:
-    """The stages text, reward and reference samples, as in train.main."""
-    device, judge, data, given = inputs
-    text = train.make_text(data, given, settings, seed)
-    question = train.encode_question(args.sample, text, settings, given)
-    if judge is not None:
-        try_reward(judge, text.encoding, text.tokens, settings.prompt_tokens)
-    reference, perplexity = train.get_reference(out, text, given, settings, seed, device)
-    reward, accuracy = train.get_reward(text, settings, seed, device, judge)
-    samples, held, draws = train.get_samples(out, reference, reward, text, settings, seed)
-    if args.sample is None:
-        print(f"seed {seed}: the reference has a perplexity of {perplexity:.1f}", flush=True)
-        if judge is None:
-            print(f"the classifier is right on {accuracy:.0%} of unseen reviews", flush=True)
-    if question is not None:
-        question = question.to(device)
-    return World(text, reference, reward, samples, held, draws, text.held_prompts.to(device),
-                 question)
 
 
 def policy_folder(args: argparse.Namespace, out: Path, method: str, n: int, beta: float | None,
@@ -154,97 +127,113 @@ class Policy(NamedTuple):
     seconds: float
 
 
-def get_policies(args: argparse.Namespace, out: Path, world: World, n: int, betas: list[float],
-                 settings: train.Settings, seed: int) -> list[Policy]:
+def get_policies(args: argparse.Namespace, out: Path, world: train.World, n: int,
+                 betas: list[float], settings: train.Settings, seed: int) -> list[Policy]:
     """Stage fine-tuning, for each method and β."""
     policies = []
-    prompts = world.text.prompts
-    # the very policy of train.py, from its cache if it is there
-    if "vbon" in args.method:
-        model, _, seconds = train.get_policy(out, world.reference, world.reward, prompts,
-                                             world.samples, n, settings, seed)
-        policies.append(Policy("vbon", None, model, seconds))
-    for method in methods.METHODS:
-        if method not in args.method:
+    for name in TRAINED:
+        if name not in args.method:
             continue
         # only KL-RL has a β; the others are trained once for each N
-        for beta in betas if method == "kl-rl" else [None]:
-            model, _, seconds = methods.get_policy(out, method, beta, world.reference, world.reward,
-                                                   prompts, world.samples, n, settings, seed)
-            policies.append(Policy(method, beta, model, seconds))
+        for beta in betas if name == "kl-rl" else [None]:
+            policies.append(get_policy(out, name, beta, world, n, settings, seed))
     return policies
+
+
+def get_policy(out: Path, name: str, beta: float | None, world: train.World, n: int,
+               settings: train.Settings, seed: int) -> Policy:
+    """Stage fine-tuning, for one method."""
+    aim = f"n{n}"
+    code_used = ("vbon",)
+    if name == "vbon":
+        # the policy of train.py, from its cache if it is there
+        method = train.Method(f"vBoN n={n}", ("vbon", n), train.vbon_gradient)
+    else:
+        code_used = ("experiments.theory", *code_used)
+        if name == "kl-rl":
+            # its target has no N: a policy of one β serves every N
+            aim = f"beta{beta:g}"
+            n = 1
+        method = methods.choose_method(name, n, beta)
+    tuned = keep(out / "cache", f"policy-{name}-{aim}-seed{seed}", train.fine_tune, method, n,
+                 world.reference, world.reward, world.samples, settings.tuning, seed,
+                 code=code_used, resumable=True)
+    model = rebuild_model(tuned, world.reference.wte.weight.device)
+    return Policy(name, beta, model, tuned["seconds"])
 
 # ----------------------------------------------------------------------------------- the evaluation
 
-def measure_decoding(world: World, n: int, betas: list[float], seed: int, made_by: dict
+def measure_decoding(world: train.World, n: int, betas: list[float], seed: int, made_by: dict
                      ) -> list[dict]:
-    """The lines of results.jsonl for what is not trained: reference, best-of-n, soft best-of-n.
+    """Return the lines of what is not trained: reference, best-of-n, soft best-of-n.
 
     The first two are the lines that train.py writes.
     """
     ours = {"seed": seed, "beta": None} | made_by
-    rows = [train.reference_row(world.draws, world.held, n) | ours,
-            train.best_of_n_row(world.draws, world.held, n, seed) | ours]
+    rows = [train.reference_row(world, n) | ours, train.best_of_n_row(world, n, seed) | ours]
     for beta in betas:
-        row = soft_best_of_n_row(world.draws, world.held, n, beta, seed)
+        row = soft_best_of_n_row(world, n, beta, seed)
         rows.append(row | {"seed": seed, "beta": beta} | made_by | mark())
     return rows
 
 
-def measure_policies(world: World, policies: list[Policy], n: int, settings: train.Settings,
-                     seed: int, made_by: dict) -> tuple[list[dict], list[Tensor]]:
-    """Stage evaluation: the policies' lines of results.jsonl, and the rewards (P', K) of each.
+def measure_policies(out: Path, world: train.World, policies: list[Policy], n: int,
+                     settings: train.Settings, seed: int, made_by: dict
+                     ) -> tuple[list[dict], list[Tensor]]:
+    """Stage evaluation: the lines of the policies, and the rewards (P', K) of each.
 
     vBoN's is the line that train.py writes.
     """
     rows = []
     rewards = []
     for policy in policies:
-        row, reward = train.evaluate(policy.method, policy.model, world.reference, world.reward.fn,
-                                     world.held_prompts, world.held, n, settings, seed)
-        row["seconds"] += policy.seconds
+        name = policy.method
+        evaluated = keep(out / "cache", f"evaluation-{name}-n{n}-seed{seed}", train.evaluate,
+                         policy.model, world.reference, world.reward, world.held_out.prompt,
+                         settings.evaluation, name, seed)
+        row = train.policy_row(name, world, evaluated, n, policy.seconds)
         row = row | {"seed": seed, "beta": policy.beta} | made_by
-        if policy.method != "vbon":
+        if name != "vbon":
             row = row | mark()
         rows.append(row)
-        rewards.append(reward)
+        rewards.append(evaluated["reward"])
     return rows, rewards
 
 
 def mark() -> dict[str, str]:
-    """Names the code of the other methods, for their lines."""
-    files = ("methods.py", "theory.py", "compare.py")
-    code = [train.source(f"experiments/{file}") for file in files]
-    return {"experiments": train.digest(code)}
+    """Return what names the code of the other methods in their lines."""
+    return {"experiments": results.code_mark(("experiments.methods", "experiments.theory",
+                                              measure_decoding, measure_policies))}
 
 
-def soft_best_of_n_row(draws: train.Samples, held: train.Samples, n: int, beta: float, seed: int
-                       ) -> dict:
-    """Soft best-of-N, really drawn: of each n draws of the reference, one is the answer."""
-    P, M = draws.reward.shape
-    # the same groups of n draws as best-of-N chooses from
-    answers = M // n
-    reward = draws.reward[:, :answers * n].reshape(-1, n)           # (P·A, n)
-    logprob = draws.logprob[:, :answers * n].reshape(-1, n)
-    generator = train.random_numbers("cpu", "soft best", n, beta, seed)
+def soft_best_of_n_row(world: train.World, n: int, beta: float, seed: int) -> dict:
+    """Return the row of soft best-of-N, really sampled: n candidates give one response."""
+    candidates = world.candidates
+    P, M = candidates.reward.shape
+    # the same groups of n candidates as for best-of-N
+    A = M // n
+    reward = candidates.reward[:, :A * n].reshape(-1, n)            # (P·A, n)
+    logprob = candidates.logprob[:, :A * n].reshape(-1, n)
+    generator = seeded_generator("cpu", "soft best", n, beta, seed)
     chosen = methods.soft_best_of_n(reward, beta, generator)[:, None]
-    reward = reward.gather(1, chosen).view(P, answers)
-    ref_logprob = logprob.gather(1, chosen).view(P, answers)
-    # F is not needed here, but rivals are: other draws than those that were chosen from
-    own = methods.soft_bon_logprob(ref_logprob, reward, held.reward, n, beta)
-    row = train.metrics(own, ref_logprob, reward, held.reward, n)
+    reward = reward.gather(1, chosen).view(P, A)
+    ref_logprob = logprob.gather(1, chosen).view(P, A)
+    # the rivals are other samples than those that were chosen from
+    ref_rewards = world.held_out.reward
+    own = methods.soft_bon_logprob(ref_logprob, reward, ref_rewards, n, beta)
+    row = train.metrics(own, ref_logprob, reward, ref_rewards, n)
     return {"method": "soft-bon", "n": n} | row | {"samples_per_answer": n,
-                                                   "seconds": draws.seconds}
+                                                   "seconds": candidates.seconds}
 
 
-def answers(world: World, policies: list[Policy], prompts: Tensor, n: int,
-            settings: train.Settings, seed: int) -> str:
-    """Under each prompt an answer of the reference, of best-of-n and of each policy, unedited."""
+def sample_text(world: train.World, policies: list[Policy], prompts: Tensor, n: int,
+                settings: train.Settings, seed: int) -> str:
+    """Return each prompt with a response of the reference, of best-of-n and of each policy."""
     models = [("reference", world.reference, 1), (f"best of {n}", world.reference, n)]
     for policy in policies:
         models.append((title(policy.method, n), policy.model, 1))
-    found = train.answers(world.text.encoding, prompts, world.reward.fn, models, settings, seed)
-    return f"N = {n}, seed {seed}\n\n{found}"
+    text = report.sample_text(world, prompts, models, settings.text.length, seed)
+    return f"N = {n}, seed {seed}\n\n{text}"
 
 
 def distances(row: dict, reward: Tensor, held_rewards: Tensor) -> dict[str, float | None]:
@@ -280,8 +269,8 @@ def error_of_distance(row: dict, reward: Tensor, held_rewards: Tensor) -> float:
     """
     weight = theory.highest_weights("reward", row["kl_ref"], held_rewards)
     highest = (weight * held_rewards.double()).sum(-1, keepdim=True)        # (P', 1)
-    _, error = train.mean_and_error(highest - reward.double())
-    return error
+    per_prompt = (highest - reward.double()).mean(1)
+    return (per_prompt.std() / math.sqrt(len(per_prompt))).item()
 
 
 def below_highest(plane: str, point: dict | None, held_rewards: Tensor) -> float | None:
@@ -433,10 +422,10 @@ LINES = (("best-of-n", ".", "tab:blue", "best of 1, 2, 3, ..., in theory"),
          ("reward", "--", "tab:green", "highest reward at a KL: optimum of KL-RL"))
 
 
-def draw_picture(path: Path, rows: list[dict], ns: list[int], beta_given: bool, pool: Tensor
+def plot_results(path: Path, rows: list[dict], ns: list[int], beta_given: bool, pool: Tensor
                  ) -> None:
     """Win rate and reward against the KL to the reference: theory as lines, results as points."""
-    pyplot = train.plain_pyplot()
+    pyplot = report.plain_pyplot()
     # Seeds have other texts and classifiers: each has its own zero of the reward.
     own = {row["seed"]: row["reward"] for row in rows if row["method"] == "ref"}
     shifted = [row | {"reward": row["reward"] - own[row["seed"]]} for row in rows]
@@ -470,16 +459,13 @@ def draw_picture(path: Path, rows: list[dict], ns: list[int], beta_given: bool, 
                            textcoords="offset points", fontsize=9)
     planes[1].set(ylabel="reward, above that of the reference", title="What KL-RL aims for")
     planes[1].legend(loc="lower right", frameon=False, fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    pyplot.close(figure)
-    train.write_whole(path, picture.getvalue())
+    report.save_figure(figure, path)
 
 # --------------------------------------------------------------------------------- the command line
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line. A wrong one ends the program with status 2 and one line."""
-    parser = train.make_parser(__doc__, several=True)
+    parser = options.make_parser(__doc__, several=True)
     parser.add_argument("--method", nargs="+", choices=TRAINED, default=list(TRAINED),
                         metavar="METHOD", help=f"What to train: {', '.join(TRAINED)}. "
                         "Default: all of them.")
@@ -496,10 +482,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace, n: int, settings: train.Settings) -> None:
     """The rules of train.py, and those of the other methods."""
-    train.check_settings(settings, args, n)
+    check_settings(settings, args, n)
     for method in methods.FROM_WINNERS:
-        if method in args.method and n > settings.m:
-            raise UnusableInput(f"--n {n}: {method} wants at most {settings.m}, the number of "
+        if method in args.method and n > settings.samples.m:
+            raise UnusableInput(f"--n {n}: {method} wants at most {settings.samples.m}, the number of "
                                 f"cached responses; raise --m")
     if args.beta is None:
         return
@@ -511,4 +497,4 @@ def check_arguments(args: argparse.Namespace, n: int, settings: train.Settings) 
 
 
 if __name__ == "__main__":
-    train.run(main, "compare")
+    options.run(main, "compare")

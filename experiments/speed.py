@@ -22,15 +22,17 @@ import torch
 from torch import Tensor
 
 import train
-import vbon
 from experiments.studies import any_reward
 from model import GPT, add_adapters
-from reward import builtin_reviews, encode, save_tokenizer, train_tokenizer
+from support.reviews import builtin_reviews
+from support.tokenizer import encode, save_tokenizer, train_tokenizer
 
 # layers, width, heads, vocabulary, responses
 SIZES = ((2, 64, 2, 768, 512), (4, 128, 4, 2048, 512), (12, 768, 12, 50257, 64))
-SETTINGS = train.Settings()
-ROOT = Path(train.__file__).parent
+TEXT = train.Settings().text
+REFERENCE = train.Settings().reference
+TUNING = train.Settings().tuning
+ROOT = Path(__file__).parent.parent
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -95,23 +97,23 @@ def time_sampling(layers: int, width: int, heads: int, vocab: int, responses: in
     """Seconds of generate and of our `sample`, in turn, with the same random weights."""
     from transformers import AutoModelForCausalLM
     generator = torch.Generator().manual_seed(0)
-    room = SETTINGS.prompt_tokens + SETTINGS.length
+    room = TEXT.prompt_tokens + TEXT.length
     model = GPT(vocab, room, layers, heads, width, generator=generator)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         other = AutoModelForCausalLM.from_pretrained(folder).eval()
-    prompt = torch.randint(vocab - 1, (responses // SETTINGS.k, SETTINGS.prompt_tokens),
+    prompt = torch.randint(vocab - 1, (responses // TUNING.k, TEXT.prompt_tokens),
                            generator=generator)
-    rows = prompt.repeat_interleave(SETTINGS.k, 0)
+    rows = prompt.repeat_interleave(TUNING.k, 0)
 
     def theirs() -> Tensor:
         # the full softmax at temperature 1: what our `sample` draws from
         return other.generate(rows, attention_mask=torch.ones_like(rows), do_sample=True, top_k=0,
-                              top_p=1.0, temperature=1.0, max_new_tokens=SETTINGS.length,
+                              top_p=1.0, temperature=1.0, max_new_tokens=TEXT.length,
                               pad_token_id=model.eot)
 
     def ours() -> tuple[Tensor, Tensor]:
-        return model.sample(prompt, SETTINGS.k, SETTINGS.length, generator)
+        return model.sample(prompt, TUNING.k, TEXT.length, generator)
 
     theirs(), ours()                                    # the first call prepares things
     seconds = [(measure(theirs), measure(ours)) for _ in range(repeats)]
@@ -121,28 +123,31 @@ def time_sampling(layers: int, width: int, heads: int, vocab: int, responses: in
 
 def small_world() -> tuple:
     """Tokenizer, model and 64 prompts of the main job; the model is not trained."""
-    texts = [text for text, _ in builtin_reviews(SETTINGS.reviews, 0)]
-    encoding = train_tokenizer(texts[:2000], SETTINGS.vocab)
-    room = SETTINGS.prompt_tokens + SETTINGS.length
-    model = GPT(encoding.n_vocab, room, SETTINGS.layers, SETTINGS.heads, SETTINGS.width,
+    texts = [text for text, _ in builtin_reviews(TEXT.reviews, 0)]
+    encoding = train_tokenizer(texts[:2000], TEXT.vocab)
+    room = TEXT.prompt_tokens + TEXT.length
+    model = GPT(encoding.n_vocab, room, REFERENCE.layers, REFERENCE.heads, REFERENCE.width,
                 generator=torch.Generator().manual_seed(0))
     model.untie_head()
-    prompt = encode(encoding, texts[:SETTINGS.batch], SETTINGS.prompt_tokens)
+    prompt = encode(encoding, texts[:TUNING.batch], TEXT.prompt_tokens)
     return encoding, model, prompt
 
 
 def time_our_update(repeats: int) -> list[float]:
-    """Seconds of vbon.update, with adapters as in the main job."""
+    """Return the seconds of updates with adapters, as in the main job."""
     _, reference, prompt = small_world()
     _, policy, _ = small_world()
     generator = torch.Generator().manual_seed(0)
-    trained = add_adapters(policy, SETTINGS.rank, generator)
-    optimizer = torch.optim.Adam(trained, lr=SETTINGS.lr, fused=True)
-    ref_rewards = torch.randn(len(prompt), SETTINGS.m, generator=generator)
+    trained = add_adapters(policy, TUNING.rank, generator)
+    optimizer = torch.optim.Adam(trained, lr=TUNING.lr, fused=True)
+    ref_rewards = torch.randn(len(prompt), 64, generator=generator)
+    # late in training: n has its full size
+    batch = train.Batch(TUNING.steps, prompt, None, ref_rewards)
 
     def update() -> None:
-        vbon.update(policy, reference, optimizer, any_reward, prompt, ref_rewards, 4, SETTINGS.k,
-                    SETTINGS.length, generator)
+        optimizer.zero_grad()
+        train.vbon_gradient(policy, reference, any_reward, batch, 4, TUNING, generator)
+        optimizer.step()
 
     update()
     return [measure(update) for _ in range(repeats)]
@@ -167,8 +172,8 @@ def time_rloo(folder: Path, repeats: int) -> list[float]:
 
     config = RLOOConfig(
         output_dir=str(folder / "out"), use_cpu=True, bf16=False, max_steps=repeats + 2,
-        per_device_train_batch_size=SETTINGS.batch * SETTINGS.k, num_generations=SETTINGS.k,
-        max_completion_length=SETTINGS.length, beta=1.0, gradient_checkpointing=False,
+        per_device_train_batch_size=TUNING.batch * TUNING.k, num_generations=TUNING.k,
+        max_completion_length=TEXT.length, beta=1.0, gradient_checkpointing=False,
         report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
     trainer = RLOOTrainer(
         AutoModelForCausalLM.from_pretrained(folder),
@@ -194,14 +199,17 @@ def main_job_operations() -> int:
 
     A weight takes 2 operations for each token that goes forward, and 4 when it goes backward.
     """
-    s = SETTINGS
-    weights = 12 * s.layers * s.width ** 2 + s.vocab * s.width
-    tokens = s.prompt_tokens + s.length
-    reference = s.lm_steps * s.lm_batch * 6
-    drawn = (s.prompts * s.m + 2 * s.held_prompts * s.m_eval) * 2
-    updates = s.steps * s.batch * s.k * (2 + 2 + 6)
-    evaluation = s.held_prompts * s.k_eval * (2 + 2 + 4)
-    return weights * tokens * (reference + drawn + updates + evaluation)
+    settings = train.Settings()
+    text = settings.text
+    samples = settings.samples
+    evaluation = settings.evaluation
+    weights = 12 * REFERENCE.layers * REFERENCE.width ** 2 + text.vocab * REFERENCE.width
+    tokens = text.prompt_tokens + text.length
+    reference = REFERENCE.lm_steps * REFERENCE.lm_batch * 6
+    sampled = (text.prompts * samples.m + 2 * text.held_prompts * samples.m_eval) * 2
+    updates = TUNING.steps * TUNING.batch * TUNING.k * (2 + 2 + 6)
+    evaluated = text.held_prompts * evaluation.k_eval * (2 + 2 + 4)
+    return weights * tokens * (reference + sampled + updates + evaluated)
 
 
 if __name__ == "__main__":

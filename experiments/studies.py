@@ -11,7 +11,6 @@ the policies of earlier runs of train.py with other --m, as results.jsonl in --o
 """
 import argparse
 import copy
-import io
 import math
 import time
 from pathlib import Path
@@ -22,8 +21,12 @@ from torch import Tensor
 import train
 import vbon
 from experiments import theory
-from experiments.compare import make_world, mean_and_spread, with_error
-from model import GPT, UnusableInput, add_adapters
+from experiments.compare import mean_and_spread, with_error
+from model import GPT, add_adapters
+from support import options, report, results
+from support.errors import UnusableInput
+from support.inputs import read_inputs
+from support.settings import check_settings, choose_settings
 
 # ------------------------------------------------------------------------------------- the main job
 
@@ -34,32 +37,33 @@ def main(argv: list[str] | None = None) -> None:
         print_cost(*args.cost)
         return
     out = Path(args.out)
-    inputs = train.read_inputs(args, [args.n], [])
-    settings = train.choose_settings(args, args.n, inputs.data, inputs.given)
-    train.check_settings(settings, args, args.n)
-    rows = train.read_results(out)
-    world = make_world(args, out, inputs, settings, args.seed)
-    held = world.held.reward
+    inputs = read_inputs(args, [args.n], [])
+    settings = choose_settings(train.Settings(), args, args.n, inputs)
+    check_settings(settings, args, args.n)
+    rows = results.read_results(out)
+    world = train.prepare(args, inputs, settings, args.n, args.seed)
+    held = world.held_out.reward
     beta = args.beta
     if beta is None:
         beta = theory.find_beta(held, args.n)
 
-    study_scale(world.draws, held, args.n, beta)
-    study_bound(world.draws, held, args.n)
-    made_by = train.describe(settings, world.text, inputs)
+    study_scale(world, args.n, beta)
+    study_bound(world, args.n)
+    made_by = results.describe(settings, world.text, inputs, train.STAGES)
     trained = find_other_m(rows, args.n, made_by)
     errors = [error_of_cdf(m) for m in MS]
     print_study_of_m(errors, trained, args.n)
-    draw_picture(out / "m.png", errors, trained, args.n)
+    plot_study_of_m(out / "m.png", errors, trained, args.n)
     print(f"\n{out}/m.png shows this")
 
 # ---------------------------------------------------------------------- 1. the scale of the reward
 
-def study_scale(draws: train.Samples, held_rewards: Tensor, n: int, beta: float) -> None:
+def study_scale(world: train.World, n: int, beta: float) -> None:
     """Increasing transforms of the reward leave vBoN's target as it is, and change KL-RL's."""
     # an increasing function in theory may still make two numbers one; float64 leaves room
-    reward = draws.reward.double()
-    refs = held_rewards.double()
+    ref_logprob = world.candidates.logprob
+    reward = world.candidates.reward.double()
+    refs = world.held_out.reward.double()
     top = refs.quantile(0.97).item()
     transforms = {
         "the logit r": lambda r: r,
@@ -74,8 +78,8 @@ def study_scale(draws: train.Samples, held_rewards: Tensor, n: int, beta: float)
         new_reward = transform(reward)
         new_refs = transform(refs)
         check_same_ranks(name, reward, refs, new_reward, new_refs)
-        before = vbon.bon_target(draws.logprob, reward, refs, n)
-        after = vbon.bon_target(draws.logprob, new_reward, new_refs, n)
+        before = vbon.bon_target(ref_logprob, reward, refs, n)
+        after = vbon.bon_target(ref_logprob, new_reward, new_refs, n)
         vbon_change = (after - before).abs().max().item()
         # KL-RL's target is known up to a constant for each prompt
         change = (new_reward - reward) / beta
@@ -90,8 +94,8 @@ def study_scale(draws: train.Samples, held_rewards: Tensor, n: int, beta: float)
 def check_same_ranks(name: str, reward: Tensor, refs: Tensor, new_reward: Tensor, new_refs: Tensor
                      ) -> None:
     """A transform that makes two rewards equal, in floating point, would spoil the question."""
-    old_lt, old_le = vbon.cdf_interval(reward, refs)
-    new_lt, new_le = vbon.cdf_interval(new_reward, new_refs)
+    old_lt, old_le = theory.cdf_interval(reward, refs)
+    new_lt, new_le = theory.cdf_interval(new_reward, new_refs)
     if not torch.equal(old_lt, new_lt) or not torch.equal(old_le, new_le):
         raise UnusableInput(f"with this reward, {name} changes how responses rank, by rounding")
 
@@ -100,10 +104,10 @@ def check_same_ranks(name: str, reward: Tensor, refs: Tensor, new_reward: Tensor
 EDGES = (0, -8, -12, -16, -20, -24, -math.inf)          # of log π_ref(y), in nats
 
 
-def study_bound(draws: train.Samples, held_rewards: Tensor, n: int) -> None:
+def study_bound(world: train.World, n: int) -> None:
     """How far (2) is above its bound (3), by how probable a response is under the reference."""
-    log_cdf = vbon.empirical_cdf(draws.reward, held_rewards).log()
-    ref_logprob = draws.logprob.double()
+    log_cdf = vbon.empirical_cdf(world.candidates.reward, world.held_out.reward).log()
+    ref_logprob = world.candidates.logprob.double()
     exact = vbon.bon_logprob(ref_logprob, log_cdf, n)
     gap = exact - vbon.bon_logprob_bound(ref_logprob, log_cdf, n)
     print(f"\n2. How far is the bound from the exact form?\n\nlog π_ref(y), nats   responses   "
@@ -171,9 +175,9 @@ def print_study_of_m(errors: list[dict], trained: dict[int, list[dict]], n: int)
         print(line)
 
 
-def draw_picture(path: Path, errors: list[dict], trained: dict[int, list[dict]], n: int) -> None:
+def plot_study_of_m(path: Path, errors: list[dict], trained: dict[int, list[dict]], n: int) -> None:
     """The errors of F and of log F against M, and the KL to best-of-N of what was trained."""
-    pyplot = train.plain_pyplot()
+    pyplot = report.plain_pyplot()
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     left.loglog(MS, [error["dkw"] for error in errors], "k:", label="bound of the 95 % (DKW)")
     left.loglog(MS, [error["sup_95"] for error in errors], "o-", label="95 % quantile")
@@ -196,15 +200,12 @@ def draw_picture(path: Path, errors: list[dict], trained: dict[int, list[dict]],
         axes.minorticks_off()
         axes.set_xticks(MS, MS)
         axes.spines[["top", "right"]].set_visible(False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    pyplot.close(figure)
-    train.write_whole(path, picture.getvalue())
+    report.save_figure(figure, path)
 
 # ---------------------------------------------------------------------------- what an update costs
 
 def print_cost(layers: int, width: int, heads: int, tokens: int) -> None:
-    """Time one vbon.update of 64 x 8 responses of 24 tokens on the CPU, and print the memory.
+    """Time one update of 64 x 8 responses of 24 tokens on the CPU, and print the memory.
 
     The GPT has random weights. The least of three times counts: other programs only add to it.
     """
@@ -221,33 +222,35 @@ def cost(layers: int, width: int, heads: int, tokens: int, updates: int = 3) -> 
     policy: 2 + 2 + 2 + 4 operations for each weight.
     """
     import resource                                     # here, since Windows does not have it
-    settings = train.Settings()
+    s = train.Settings()
     generator = torch.Generator().manual_seed(0)
-    block = settings.prompt_tokens + settings.length
-    reference = GPT(tokens, block, layers, heads, width, generator=generator)
+    reference = GPT(tokens, s.text.prompt_tokens + s.text.length, layers, heads, width,
+                    generator=generator)
     reference.untie_head()
     policy = copy.deepcopy(reference)
-    trained = add_adapters(policy, settings.rank, generator)
+    trained = add_adapters(policy, s.tuning.rank, generator)
     optimizer = torch.optim.Adam(trained, lr=1e-4, fused=True)
-    prompt = torch.randint(tokens - 1, (settings.batch, settings.prompt_tokens),
-                           generator=generator)
-    ref_rewards = torch.randn(settings.batch, settings.m, generator=generator)
+    prompt = torch.randint(tokens - 1, (s.tuning.batch, s.text.prompt_tokens), generator=generator)
+    ref_rewards = torch.randn(s.tuning.batch, s.samples.m, generator=generator)
+    # late in training: n has its full size
+    batch = train.Batch(s.tuning.steps, prompt, None, ref_rewards)
     seconds = []
     for _ in range(updates):
         began = time.time()
-        vbon.update(policy, reference, optimizer, any_reward, prompt, ref_rewards, 4, settings.k,
-                    settings.length, generator, train.prompts_at_a_time(policy, settings))
+        optimizer.zero_grad()
+        train.vbon_gradient(policy, reference, any_reward, batch, 4, s.tuning, generator)
+        optimizer.step()
         seconds.append(time.time() - began)
     weights = 0
     for name, p in reference.named_parameters():
         # looking up an embedding is no multiplication
         if name not in ("wte.weight", "wpe.weight"):
             weights += p.numel()
-    responses = settings.batch * settings.k
+    responses = s.tuning.batch * s.tuning.k
     return {
         "weights": weights,
         "seconds": min(seconds),
-        "flops": 10 * weights * responses * settings.length,
+        "flops": 10 * weights * responses * s.tuning.length,
         "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,     # as Linux counts
     }
 
@@ -260,7 +263,7 @@ def any_reward(prompt: Tensor, response: Tensor) -> Tensor:  # (P, T), (P, K, L)
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line. A wrong one ends the program with status 2 and one line."""
-    parser = train.make_parser(__doc__)
+    parser = options.make_parser(__doc__)
     parser.add_argument("--beta", type=float, help="The beta of KL-RL in question 1. Default: the "
                         "one whose optimum is as far from the reference as best-of-N.")
     parser.add_argument("--cost", type=int, nargs=4, metavar=("LAYERS", "WIDTH", "HEADS", "VOCAB"),
@@ -285,4 +288,4 @@ def check_cost(layers: int, width: int, heads: int, tokens: int) -> None:
 
 
 if __name__ == "__main__":
-    train.run(main, "studies")
+    options.run(main, "studies")

@@ -16,12 +16,42 @@ import torch
 import train
 import vbon
 from experiments import compare, methods, studies, theory
-from model import GPT, UnusableInput
+from model import GPT
+from support import kept, results
+from support.errors import UnusableInput
 
 ROOT = Path(__file__).parent.parent
 TIED = torch.tensor([[2.0, -1.0, 2.0, 3.0, -1.0, -1.0], [1.0, 2.0, 3.0, 4.0, 5.0, 60.0]]).double()
 
 torch.set_num_threads(1)                                # tensors are small: more only cost time
+
+# ---------------------------------------------------------------- best-of-n of a continuous reward
+
+def test_the_interval_by_hand():
+    """Reward 2 against 1, 2, 2, 3 gives 1/5 and 4/5."""
+    ref_rewards = torch.tensor([[1.0, 2.0, 2.0, 3.0]])
+    reward = torch.tensor([[2.0, 2.5, 0.0, 9.0]])
+    cdf_lt, cdf_le = theory.cdf_interval(reward, ref_rewards)
+    assert torch.equal(cdf_lt, torch.tensor([[1, 3, 0, 4]]).double() / 5)
+    assert torch.equal(cdf_le, torch.tensor([[4, 4, 1, 5]]).double() / 5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 16])
+def test_the_weight_by_the_interval_has_a_mean_of_exactly_one(n):
+    """Each of M + 1 rewards takes its turn as y, with the others as reference."""
+    pool = torch.tensor([0.3, 1.0, 1.0, 2.0, -1.0, 1.0, 5.0])
+    others = torch.stack([torch.cat([pool[:i], pool[i + 1:]]) for i in range(len(pool))])
+    cdf_lt, cdf_le = theory.cdf_interval(pool[:, None], others)
+    log_weight = vbon.bon_logprob_ties(torch.zeros(7, 1), cdf_lt.log(), cdf_le.log(), n)
+    assert log_weight.exp().mean().item() == pytest.approx(1, abs=1e-12)
+
+
+def test_the_closed_form_for_a_continuous_reward():
+    kl, win = theory.bon_theory(4)
+    assert kl == pytest.approx(math.log(4) - 3 / 4)
+    assert win == 4 / 5
+    assert theory.bon_theory(1) == (0, 0.5)
+
 
 # ------------------------------------------------------------------------------ winners among M
 
@@ -65,7 +95,8 @@ def test_winners_are_distributed_as_the_best_of_fresh_responses():
 def test_drawn_winners_follow_their_weights():
     response = torch.arange(6).view(1, 6, 1)
     generator = torch.Generator().manual_seed(1)
-    drawn = methods.draw_winners(response, TIED[:1], 2, 40_000, generator)
+    batch = train.Batch(0, None, response, TIED[:1])
+    drawn = methods.sample_winners(batch, 2, 40_000, generator)
     frequency = drawn.flatten().bincount(minlength=6) / 40_000
     assert torch.allclose(frequency.double(), theory.winner_weights(TIED[:1], 2)[0], atol=0.01)
 
@@ -156,7 +187,7 @@ def test_beta_goes_as_far_as_best_of_n():
     """Rewards N(0, 1): the optimum for β has a KL of 1 / (2 β²)."""
     rewards = torch.special.ndtri(uniform_rewards(100_000))
     for n in (2, 4):
-        kl, _ = vbon.bon_theory(n)
+        kl, _ = theory.bon_theory(n)
         assert theory.find_beta(rewards, n) == pytest.approx(math.sqrt(0.5 / kl), rel=0.01)
 
 
@@ -259,16 +290,19 @@ def test_training_reaches_the_exact_target(method, lr, steps):
     reference, prompt, strings = tiny_world()
     policy, _, _ = tiny_world()
     generator = torch.Generator().manual_seed(6)
-    cached, logprob = reference.sample(prompt, 10_000, 3, generator)
-    batch = train.Samples(cached, logprob, world_reward(prompt, cached), 0.0)
-    settings = train.Settings(k=512, steps=steps, length=3)
+    cached, _ = reference.sample(prompt, 10_000, 3, generator)
+    ref_rewards = world_reward(prompt, cached)
+    settings = train.TuningSettings(k=512, steps=steps, length=3)
+    gradient = methods.choose_method(method, n, beta).gradient
     goal = exact_targets(n, beta)[method]
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
     before = exact_kl(policy, goal, forward=method == "bon-sft")
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        methods.update(method, beta, policy, reference, optimizer, world_reward, prompt, batch, n,
-                       step, settings, generator)
+        batch = train.Batch(step, prompt, cached, ref_rewards)
+        optimizer.zero_grad()
+        gradient(policy, reference, world_reward, batch, n, settings, generator)
+        optimizer.step()
     after = exact_kl(policy, goal, forward=method == "bon-sft")
     assert after < 0.02 < 0.1 < before
 
@@ -294,22 +328,21 @@ def test_an_update_follows_the_exact_gradient_and_reports_the_exact_means(method
     policy, _, _ = tiny_world()
     for p in policy.parameters():
         p.data *= 1.3
-    cached, logprob = reference.sample(prompt, 5_000, 3, torch.Generator().manual_seed(0))
-    batch = train.Samples(*[x.repeat(3, *[1] * (x.dim() - 1)) for x in (
-        cached, logprob, world_reward(prompt, cached))], 0.0)
-    settings = train.Settings(k=6_000, steps=10, length=3)
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    cached, _ = reference.sample(prompt, 5_000, 3, torch.Generator().manual_seed(0))
+    ref_rewards = world_reward(prompt, cached)
+    batch = train.Batch(9, prompt.repeat(3, 1), cached.repeat(3, 1, 1), ref_rewards.repeat(3, 1))
+    settings = train.TuningSettings(k=6_000, steps=10, length=3)
     generator = torch.Generator().manual_seed(1)
-    monkeypatch.setattr(train, "prompts_at_a_time", lambda *_: part)
-    found = methods.update(method, 12.0, policy, reference, optimizer, world_reward,
-                           prompt.repeat(3, 1), batch, n, 9, settings, generator)
+    monkeypatch.setattr(methods, "prompts_at_a_time", lambda *_: part)
+    gradient = methods.choose_method(method, n, 12.0).gradient
+    found = gradient(policy, reference, world_reward, batch, n, settings, generator)
     found_gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
 
     # the same by sums over all 40 responses
     log_p = policy.logprob(prompt, strings)[0].double()
     log_q = reference.logprob(prompt, strings)[0].detach().double()
     reward = world_reward(prompt, strings)
-    refs = batch.reward[:1]
+    refs = batch.ref_rewards[:1]
     wins = vbon.win_rate(reward, refs)[0]
     log_bon = vbon.bon_target(log_q[None], reward, refs, n)[0]
     bound = vbon.bon_logprob_bound(log_q[None], vbon.empirical_cdf(reward, refs).log(), n)[0]
@@ -319,7 +352,7 @@ def test_an_update_follows_the_exact_gradient_and_reports_the_exact_means(method
     loss = {"bound": (log_p.exp() * (log_p - bound)).sum(),
             "kl-rl": (log_p.exp() * (log_p - log_q - reward[0] / 12)).sum(),
             "bon-sft": forward,
-            "bond": (forward + reverse) / 2}[method]
+            "bond": forward + reverse}[method]
     gradient = torch.autograd.grad(loss, list(policy.parameters()))
     gradient = torch.cat([x.flatten() for x in gradient])
     assert (found_gradient - gradient).norm() < 0.1 * gradient.norm()
@@ -338,39 +371,37 @@ def three_prompts():
     reference.untie_head()
     prompts = torch.tensor([[0], [1], [2]])
     cached, logprob = reference.sample(prompts, 8, 3, torch.Generator().manual_seed(0))
-    return reference, prompts, train.Samples(cached, logprob, world_reward(prompts, cached), 0.0)
+    return reference, train.Samples(prompts, cached, logprob, world_reward(prompts, cached), 0.0)
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
-def test_a_stopped_training_goes_on_as_if_nothing_had_happened(method, tmp_path):
-    reference, prompts, samples = three_prompts()
-    settings = train.Settings(steps=6, batch=2, k=4, length=3)
-
-    def train_on(path):
-        return methods.fine_tune(method, 2.0, path, reference, world_reward, prompts, samples, 2,
-                                 settings, 0)
-
-    whole = train_on(tmp_path / "whole")
-    # stop it after the fourth step
-    update = methods.update
+@pytest.mark.parametrize("name", ["vbon", *methods.METHODS])
+def test_a_stopped_training_continues_as_if_nothing_had_happened(name, tmp_path):
+    reference, samples = three_prompts()
+    settings = train.TuningSettings(steps=6, batch=2, k=4, length=3)
+    method = train.Method("vBoN n=2", ("vbon", 2), train.vbon_gradient)
+    if name != "vbon":
+        method = methods.choose_method(name, 2, 2.0)
     steps = []
 
     def four_updates(*given):
         if len(steps) == 4:
             raise KeyboardInterrupt
         steps.append(given)
-        return update(*given)
+        return method.gradient(*given)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(methods, "update", four_updates)
-        train_on(tmp_path / "stopped")
-    saved = train.load(tmp_path / "stopped")
+    def train_on(path, method):
+        return train.fine_tune(path, method, 2, reference, world_reward, samples, settings, 0)
+
+    whole = train_on(tmp_path / "whole", method)
+    with pytest.raises(KeyboardInterrupt):
+        train_on(tmp_path / "stopped", method._replace(gradient=four_updates))
+    saved = kept.load(tmp_path / "stopped")
     assert saved["step"] == 4
-    train.save(tmp_path / "stopped", saved | {"seconds": 1000.0})
-    again = train_on(tmp_path / "stopped")
+    kept.save(tmp_path / "stopped", saved | {"seconds": 1000.0})
+    again = train_on(tmp_path / "stopped", method)
     assert again["history"] == whole["history"]
-    for name, x in whole["weights"].items():
-        assert torch.equal(again["weights"][name], x), name
+    for key, x in whole["weights"].items():
+        assert torch.equal(again["weights"][key], x), key
     assert 0 <= whole["seconds"] < 100
     assert 1000 <= again["seconds"] < 1100
 
@@ -383,47 +414,53 @@ def test_half_of_the_responses_of_bond_are_winners(monkeypatch):
     logprob = policy.logprob
     monkeypatch.setattr(policy, "logprob",
                         lambda x, y: scored.append(y.shape[1]) or logprob(x, y))
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    methods.update_bond(policy, reference, optimizer, world_reward, prompt, cached,
-                        world_reward(prompt, cached), 2, 5, torch.Generator().manual_seed(0), 1)
+    batch = train.Batch(0, prompt, cached, world_reward(prompt, cached))
+    methods.bond_gradient(policy, reference, world_reward, batch, 2, train.TuningSettings(k=5, length=3),
+                          torch.Generator().manual_seed(0))
     assert scored == [2, 3]                             # winners, then its own
 
 
-def test_the_learning_rate_follows_the_schedule_of_train(tmp_path, monkeypatch):
-    reference, prompts, samples = three_prompts()
-    settings = train.Settings(steps=8, batch=2, k=4, length=3, lr=0.02)
+def test_the_loop_gives_each_update_its_rate_and_its_batch(tmp_path, monkeypatch):
+    reference, samples = three_prompts()
+    settings = train.TuningSettings(steps=8, batch=2, k=4, length=3, lr=0.02)
     rates = []
+    batches = []
+    step = torch.optim.Adam.step
 
-    def watch(module):
-        update = module.update
+    def watched(optimizer, *given):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *given)
 
-        def watched(*given):
-            optimizer, = [x for x in given if isinstance(x, torch.optim.Optimizer)]
-            rates.append(optimizer.param_groups[0]["lr"])
-            return update(*given)
-        monkeypatch.setattr(module, "update", watched)
+    def gradient(policy, reference, reward_fn, batch, n, settings, generator):
+        batches.append(batch)
+        return train.vbon_gradient(policy, reference, reward_fn, batch, n, settings, generator)
 
-    watch(vbon)
-    train.fine_tune(tmp_path / "a", reference, world_reward, prompts, samples.reward, 2, settings,
-                    0)
-    watch(methods)
-    methods.fine_tune("bon-sft", None, tmp_path / "b", reference, world_reward, prompts, samples, 2,
-                      settings, 0)
-    assert rates == 2 * [0.02 * train.decay(step, 8) for step in range(8)]
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    method = train.Method("", ("vbon", 2), gradient)
+    train.fine_tune(tmp_path / "a", method, 2, reference, world_reward, samples, settings, 0)
+    assert rates == [0.02 * train.decay(step, 8) for step in range(8)]
+    assert [batch.step for batch in batches] == list(range(8))
+    assert len({tuple(batch.prompt[:, 0].tolist()) for batch in batches}) > 2
+    for batch in batches:
+        assert len(batch.prompt) == 2
+        # each prompt comes with its own samples and rewards
+        for prompt, response, reward in zip(batch.prompt, batch.ref_response, batch.ref_rewards):
+            assert torch.equal(response, samples.response[prompt.item()])
+            assert torch.equal(reward, samples.reward[prompt.item()])
 
 
-def test_parts_of_a_batch_change_nothing():
-    """Gradients of parts add up. With n = M, every winner is the best of all: nothing is drawn."""
+def test_parts_of_a_batch_change_nothing(monkeypatch):
+    """Gradients of parts add up. With n = M, every winner is the best of all: nothing is random."""
     reference, _, _ = tiny_world()
     prompt = torch.tensor([[1], [2], [0]])
     cached, _ = reference.sample(prompt, 8, 3, torch.Generator().manual_seed(0))
-    rewards = torch.arange(24).view(3, 8).double()
+    batch = train.Batch(0, prompt, cached, torch.arange(24).view(3, 8).double())
     gradients = []
     for part in (1, 3):
+        monkeypatch.setattr(methods, "prompts_at_a_time", lambda *_: part)
         policy, _, _ = tiny_world()
-        optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-        methods.update_bon_sft(policy, optimizer, prompt, cached, rewards, 8, 2,
-                               torch.Generator().manual_seed(0), part)
+        methods.bon_sft_gradient(policy, reference, None, batch, 8, train.TuningSettings(k=2),
+                                 torch.Generator().manual_seed(0))
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
     assert torch.allclose(gradients[0], gradients[1], atol=1e-6)
 
@@ -456,7 +493,7 @@ def test_error_of_a_distance_leaves_out_how_prompts_differ():
     held = uniform_rewards().repeat(2, 1) + torch.tensor([[0.0], [100.0]])
     reward = held[:, -8:]
     error = compare.error_of_distance({"kl_ref": 0.5}, reward, held)
-    assert train.mean_and_error(reward)[1] == pytest.approx(50)
+    assert reward.mean(1).std().item() / 2 ** 0.5 == pytest.approx(50)
     assert error < 1e-6
 
 
@@ -521,7 +558,7 @@ def test_comparison_has_a_finite_line_for_each_method_and_seed(compared):
     wanted = ["ref", "bon", "vbon", "soft-bon", *methods.METHODS]
     assert sorted(found) == sorted((seed, method) for seed in (0, 1) for method in wanted)
     for row in rows:
-        for name in set(train.MEASURED) - {"seconds"}:
+        for name in set(results.METRICS) - {"seconds"}:
             assert math.isfinite(row[name])
         assert (row["beta"] is None) == (row["method"] not in ("kl-rl", "soft-bon"))
     assert (folder / "pareto.png").stat().st_size > 10_000
@@ -542,9 +579,9 @@ def test_comparison_leaves_each_model_as_a_folder(compared):
         name = f"policy-{row['method']}-n2-seed{row['seed']}"
         settings = json.loads((folder / name / "settings.json").read_text(encoding="utf-8"))
         assert settings.pop("weights")
-        assert settings == {key: row[key] for key in row if key not in train.MEASURED}
+        assert settings == {key: row[key] for key in row if key not in results.METRICS}
         stage = f"policy-{row['method']}-*-seed{row['seed']}-*.pt"
-        stored = [train.load(path)["weights"] for path in (folder / "cache").glob(stage)]
+        stored = [kept.load(path)["weights"] for path in (folder / "cache").glob(stage)]
         head = GPT.from_pretrained(folder / name).lm_head.weight
         assert any(torch.equal(head, weights["lm_head.weight"]) for weights in stored)
 
@@ -552,7 +589,7 @@ def test_comparison_leaves_each_model_as_a_folder(compared):
 def test_comparison_refuses_to_write_over_the_model_it_starts_from(compared):
     folder, _ = compared
     for name in ("reference-seed0", "policy-bond-n2-seed0"):
-        with pytest.raises(UnusableInput, match="would write over it"):
+        with pytest.raises(UnusableInput, match="would overwrite it"):
             compare.main([*ARGUMENTS.split(), str(folder), "--init", str(folder / name)])
 
 
@@ -610,7 +647,8 @@ def test_cost_counts_the_weights_of_all_linear_maps():
     ("--beta 0", "want a number from"),
     ("--method ppo", "invalid choice"),
 ])
-def test_wrong_arguments_are_refused(arguments, message):
+def test_wrong_arguments_are_refused(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UnusableInput, match=message):
         compare.main(arguments.split())
 

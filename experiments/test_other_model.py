@@ -1,4 +1,4 @@
-"""A model of transformers behind the two methods: exact probabilities, and vbon.update at work."""
+"""A model of transformers behind the two methods: exact probabilities, and the three calls of an update at work."""
 import itertools
 
 import pytest
@@ -66,8 +66,11 @@ def test_updates_bring_it_to_best_of_n():
     kls = []
     for step in range(300):
         optimizer.param_groups[0]["lr"] = 0.003 * (1 - step / 300)
-        vbon.update(policy, reference, optimizer, letters, PROMPT, ref_rewards, 3, 512, 3,
-                    generator)
+        optimizer.zero_grad()
+        rollout = vbon.roll_out(policy, reference, letters, PROMPT, 512, 3, generator)
+        log_target = vbon.bon_target(rollout.ref_logprob, rollout.reward, ref_rewards, 3)
+        vbon.reinforce(policy, PROMPT, rollout.response, log_target)
+        optimizer.step()
         with torch.no_grad():
             log_p = policy.logprob(PROMPT, all_responses())[0].double()
         kls.append((log_p.exp() * (log_p - target.log())).sum().item())
@@ -77,7 +80,8 @@ def test_updates_bring_it_to_best_of_n():
 
 def test_the_demo_runs_on_a_folder(tmp_path, capsys):
     from model import GPT
-    from reward import builtin_reviews, save_tokenizer, train_tokenizer
+    from support.reviews import builtin_reviews
+    from support.tokenizer import save_tokenizer, train_tokenizer
     encoding = train_tokenizer([text for text, _ in builtin_reviews(200, 0)], 300)
     GPT(encoding.n_vocab, 40, 1, 2, 8).save_pretrained(tmp_path)
     save_tokenizer(encoding, tmp_path)

@@ -18,11 +18,35 @@ import torch
 from torch import Tensor
 
 import vbon
-from model import UnusableInput
+from support import code
+from support.errors import UnusableInput
+
+code.read_source(__file__)
 
 MIN_SIZE = 16                           # effective samples below which no estimate is shown
 
 # -------------------------------------------------------------- best-of-n, from M rewards a prompt
+
+def bon_theory(n: int) -> tuple[float, float]:
+    """Return KL(π_bon || π_ref) in nats and win rate of best-of-n, if the reward is continuous.
+
+    n = 4 gives log 4 - 3/4 = 0.636 and 4/5.
+    """
+    vbon._check_n(n)
+    kl = math.log(n) - (n - 1) / n
+    return kl, n / (n + 1)
+
+
+def cdf_interval(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """Another estimate of F_lt and F_le, each (P, K): y counts as one of M + 1 responses.
+
+    Reward 2 against 1, 2, 2, 3 gives 1/5 and 4/5. Over y ~ π_ref, π_bon/π_ref then has mean 1. It
+    serves to be compared with (7); training does not use it.
+    """
+    less, equal = vbon._count_less_and_equal(reward, ref_rewards)
+    total = ref_rewards.shape[1] + 1
+    return less / total, (less + equal + 1) / total
+
 
 def bon_expected_reward(ref_rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P,)
     """The expected reward of best-of-n, for every n up to M from the same M rewards, unbiased.

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import train
+from support import options
 
 HERE = Path(train.__file__).parent
 
@@ -19,7 +20,7 @@ def run(*args, cwd):
     os.chdir(cwd)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         try:
-            train.run(lambda: train.main([str(arg) for arg in args]), "train.py")
+            options.run(lambda: train.main([str(arg) for arg in args]), "train.py")
         except SystemExit as stop:
             status = stop.code
         finally:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import vbon
+from experiments import theory
 
 
 def test_each_prompt_is_compared_with_its_own_reference_rewards():
@@ -51,14 +52,14 @@ INFINITE = torch.tensor([[math.inf, 0.0]])
     (vbon.bon_logprob_ties, (ONE, ONE, torch.zeros(1, 3), 2)),
     (vbon.bon_target, (torch.zeros(1, 3), ONE, ONE, 2)),
     (vbon.bon_target, (ONE, ONE, ONE, 0)),
-    (vbon.bon_theory, (0,)),
-    (vbon.bon_theory, (True,)),
+    (theory.bon_theory, (0,)),
+    (theory.bon_theory, (True,)),
     (vbon.bon_attains, (ONE, 0)),
     (vbon.bon_attains, (torch.zeros(2), 2)),
     (vbon.empirical_cdf, (torch.zeros(2, 3), torch.zeros(3, 3))),
     (vbon.empirical_cdf, (torch.zeros(3), torch.zeros(3))),
     (vbon.empirical_cdf, (torch.zeros(2, 3), torch.zeros(2, 0))),
-    (vbon.cdf_interval, (NAN, ONE)),
+    (theory.cdf_interval, (NAN, ONE)),
     (vbon.win_rate, (ONE, INFINITE)),
     (vbon.best_of_n, (torch.zeros(3),)),
     (vbon.best_of_n, (NAN,)),

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
-import train
-from model import UnusableInput
 from running import HERE, read_rows
+
+from support import options, processes
+from support.errors import UnusableInput
+from support.results import KEYS
 
 
 def start(folder, *args, **variables):
@@ -28,45 +30,45 @@ def test_variables_of_a_notebook_do_no_harm(tmp_path):
     assert len(read_rows(tmp_path / "out")) == 3
 
 
-@pytest.mark.parametrize("name", train.TORCHRUN[1:])
+@pytest.mark.parametrize("name", processes.TORCHRUN[1:])
 def test_a_launcher_half_announced_is_refused(name, monkeypatch):
-    for other in train.TORCHRUN:
+    for other in processes.TORCHRUN:
         monkeypatch.setenv(other, "2")
     monkeypatch.delenv(name)
     with pytest.raises(UnusableInput, match=f"{name} is not set"):
-        train.start_processes("cpu")
+        processes.connect("cpu")
 
 
 @pytest.mark.parametrize("size", ["two", "-1", "0"])
 def test_an_odd_number_of_processes_is_refused(size, monkeypatch):
-    for other in train.TORCHRUN:
+    for other in processes.TORCHRUN:
         monkeypatch.setenv(other, "0")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("WORLD_SIZE", size)
     with pytest.raises(UnusableInput, match="torchrun"):
-        train.start_processes("cpu")
+        processes.connect("cpu")
 
 
 def test_processes_with_other_arguments_are_refused(monkeypatch):
-    args = train.parse_arguments([])
-    monkeypatch.setattr(train, "from_all_processes",
-                        lambda mine: mine | {1: vars(train.parse_arguments(["--n", "8"]))})
+    parser = options.make_parser("")
+    other = vars(parser.parse_args(["--n", "8"]))
+    monkeypatch.setattr(processes, "from_all_processes", lambda mine: mine | {1: other})
     with pytest.raises(UnusableInput, match="process 1 has other arguments"):
-        train.check_same_arguments(args)
+        processes.check_same_arguments(parser.parse_args([]))
 
 
 ADD = """
 import json, sys
 from pathlib import Path
-import train
+from support import results
 row = json.loads(sys.argv[1])
 for i in range(20):
-    train.add_results(Path("out"), [row | {"seed": int(sys.argv[2]) + i}])
+    results.add_results(Path("out"), [row | {"seed": int(sys.argv[2]) + i}])
 """
 
 
 def test_two_processes_with_one_folder_lose_no_row(tmp_path):
-    row = {name: 0 for name in train.KEYS}
+    row = {name: 0 for name in KEYS}
     env = os.environ | {"PYTHONPATH": str(HERE)}
     both = [subprocess.Popen([sys.executable, "-c", ADD, json.dumps(row), first], cwd=tmp_path,
                              env=env) for first in ("0", "100")]

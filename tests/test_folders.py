@@ -5,9 +5,11 @@ import pytest
 import torch
 from running import read_rows, run
 
-import train
 from model import GPT
-from reward import pretrained_encoding
+from support.digest import digest, weights
+from support.kept import load
+from support.results import METRICS
+from support.tokenizer import pretrained_encoding
 
 POLICY = "out/policy-n2-seed0"
 REFERENCE = "out/reference-seed0"
@@ -27,15 +29,15 @@ def test_both_models_are_left_with_their_settings(finished_run):
                          "tokenizer_config.json", "settings.json"}
         # the line of the results file, without what was measured
         content = settings(folder)
-        weights = content.pop("weights")
-        assert content == {key: row[key] for key in row if key not in train.MEASURED}
+        named = content.pop("weights")
+        assert content == {key: row[key] for key in row if key not in METRICS}
         kept[name] = GPT.from_pretrained(folder)
-        assert weights == train.digest(train.weights(kept[name]))
+        assert named == digest(weights(kept[name]))
         assert pretrained_encoding(folder).n_vocab == kept[name].config["vocab_size"]
     # the folders hold what the stages hold
     for name, stage in ((REFERENCE, "reference-model-*"), (POLICY, "policy-vbon-*")):
         path, = (finished_run / "out" / "cache").glob(stage + ".pt")
-        stored = train.load(path)["weights"]
+        stored = load(path)["weights"]
         for key, x in kept[name].state_dict().items():
             assert torch.equal(x, stored[key]), key
 
@@ -45,7 +47,7 @@ def test_a_folder_of_other_settings_is_replaced_and_the_run_says_so(copied_run):
     _, printed, _ = run("--quick", "--n", 2, cwd=copied_run)
     assert "replaced" not in printed
     _, printed, _ = run("--quick", "--n", 2, "--steps", 4, cwd=copied_run)
-    assert f"{POLICY} was made by other settings: it is replaced" in printed
+    assert f"{POLICY} was made with other settings: it is replaced" in printed
     assert f"{REFERENCE} was" not in printed             # the reference is the same
     after = settings(copied_run / POLICY)
     assert (before["steps"], after["steps"]) == (3, 4)
@@ -59,7 +61,7 @@ def test_a_run_does_not_write_over_the_model_it_starts_from(name, copied_run):
     before = settings(copied_run / name)
     status, printed, error = run("--quick", "--n", 2, "--init", name, cwd=copied_run)
     assert (status, printed) == (2, "")
-    assert f"--init {name}: this run would write over it" in error
+    assert f"--init {name}: this run would overwrite it" in error
     assert settings(copied_run / name) == before
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import train
-from model import UnusableInput
-from reward import load_reward, make_encoding, reward_of_texts, try_reward
-from running import read_rows, run
+from running import HERE, read_rows, run
+
+from support.errors import UnusableInput
+from support.own_reward import load_reward, reward_of_texts, try_reward
+from support.results import METRICS
+from support.tokenizer import make_encoding
 
 # "ab" is one token; the last byte of "é" alone is no text
 ENCODING = make_encoding({bytes([b]): b for b in range(256)} | {b"ab": 256})
@@ -141,7 +143,8 @@ def test_a_whole_run_with_a_reward_that_ties(tmp_path):
     assert run("--quick", "--n", 2, "--reward", path, cwd=tmp_path)[0] == 0
     after = {path.name for path in (tmp_path / "out/cache").iterdir()}
     stages = sorted(name.partition("-seed")[0] for name in after - before)
-    assert stages == ["policy-vbon-n2", "samples-draws", "samples-held-out", "samples-training"]
+    assert stages == ["evaluation-vbon-n2", "policy-vbon-n2", "samples-draws",
+                      "samples-held-out", "samples-training"]
     assert len(read_rows(tmp_path / "out")) == 6
 
 
@@ -150,7 +153,7 @@ def test_a_constant_reward_is_said_to_teach_nothing(tmp_path):
     code, printed, _ = run("--quick", "--n", 2, "--reward", path, cwd=tmp_path)
     assert code == 0
     assert printed.count("nothing to learn") == 2        # before training, and below the table
-    assert "has worked if" not in printed
+    assert "succeeded if" not in printed
     for row in read_rows(tmp_path / "out"):
         assert (row["reward"], row["win_rate"]) == (1.5, 0.5)
         assert row["kl_ref"] == pytest.approx(0, abs=0.03)
@@ -171,7 +174,7 @@ def test_a_reward_of_any_size_gives_finite_numbers_and_a_picture(scale, tmp_path
     table = printed.partition("positive samples\n")[2].splitlines()[:3]
     assert max(len(line) for line in table) < 90
     for row in read_rows(tmp_path / "out"):
-        assert all(math.isfinite(row[name]) for name in train.MEASURED[:-1])
+        assert all(math.isfinite(row[name]) for name in METRICS[:-1])
     assert (tmp_path / "out" / "vbon.png").exists()
 
 
@@ -222,7 +225,7 @@ def test_prompts_without_labels_will_do(tmp_path):
 
 
 def test_the_examples_judge_as_they_say():
-    folder = Path(train.__file__).parent / "experiments" / "rewards"
+    folder = HERE / "experiments" / "rewards"
     length = load_reward(folder / "length.py")
     contains = load_reward(folder / "contains.py")
     texts = [" a superb film .", " it was worth every minute", ""]

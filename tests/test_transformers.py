@@ -6,7 +6,7 @@ import torch
 from running import run
 
 from model import GPT
-from reward import pretrained_encoding
+from support.tokenizer import pretrained_encoding
 
 transformers = pytest.importorskip("transformers", reason="needs the transformers library")
 

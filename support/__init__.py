@@ -1,0 +1,1 @@
+"""What makes the program practical and has nothing to do with vBoN, one subject a file."""

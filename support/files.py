@@ -1,0 +1,51 @@
+"""Files that other programs or runs may read at any moment: written completely, or not at all."""
+import contextlib
+import io
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from support.processes import rank
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, then rename it. Of several processes, the first writes.
+
+    A reader sees the old content or the new one, never a part.
+    """
+    if rank() != 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Let one process at a time change the results in this folder; waits for the others.
+
+    The operating system releases the lock when its process ends. On a file system without locks,
+    continue without one.
+    """
+    path = folder / "cache" / "results.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        try:
+            _wait_for_lock(file)
+        except OSError:                                 # some network file systems have no locks
+            pass
+        yield
+
+
+def _wait_for_lock(file: io.TextIOWrapper) -> None:
+    """Return once no other process holds the lock of this file."""
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except ImportError:                                 # Windows
+        import msvcrt
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)

@@ -1,0 +1,164 @@
+"""What a person reads and looks at: the table, progress lines, sampled responses, the picture."""
+import io
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import vbon
+from support.files import write_whole
+from support.seeding import seeded_generator
+from support.tokenizer import decode
+
+CONSTANT_REWARD = "All rewards of a prompt are the same: there is nothing to learn."
+
+# ------------------------------------------------------------------------------ the table
+
+def title(method: str, n: int) -> str:
+    """Return the name of a method in tables and pictures."""
+    names = {"ref": "reference", "bon": f"best of {n}", "vbon": "vBoN"}
+    return names.get(method, method)
+
+
+def print_table(rows: list[dict], ref_rewards: Tensor) -> None:
+    """Print the rows, and what best-of-N attains in theory with the held-out ref_rewards (P, M)."""
+    print(f"\n{'':14}{'reward':>7}{'win rate':>13}{'KL to ref':>14}{'KL to BoN':>14}"
+          f"{'positive':>9}{'samples':>8}")
+    for row in rows:
+        line = f"{title(row['method'], row['n']):13}{row['reward']:#8.3g}"
+        for name, width in (("win_rate", 13), ("kl_ref", 14), ("kl_bon", 14)):
+            cell = f"{row[name]:.3f} ±{row[name + '_se']:.3f}"
+            line += cell.rjust(width)
+        print(line + f"{row['positive']:9.2f}{row['samples_per_answer']:8}")
+    n = rows[0]["n"]
+    kl, win = vbon.bon_attains(ref_rewards, n)
+    print(f"{f'theory, n = {n}':21}{win:6.3f}{kl:14.3f}{0:14.3f}")
+    ties = share_of_ties(ref_rewards)
+    if ties == 1:
+        print("\n" + CONSTANT_REWARD)
+        return
+    if ties > 0.01:
+        print(f"\nIn {ties:.0%} of all pairs of reference responses, both have the same reward.")
+    print("\nKLs in nats per response; ± is the standard error over prompts. vBoN succeeded if its\n"
+          "row is near the row of best-of-N, and its KL to BoN near 0, with 1 sample a response.")
+
+
+def share_of_ties(rewards: Tensor) -> float:  # (P, M)
+    """Return the share of pairs of responses to the same prompt that have the same reward."""
+    m = rewards.shape[1]
+    same = rewards[:, :, None] == rewards[:, None, :]
+    # the pair of a response with itself is no pair
+    return (same.double().sum((1, 2)) - m).mean().item() / (m * (m - 1))
+
+
+def show_progress(label: str, done: int, total: int, began: float, stats: dict | None = None
+                  ) -> None:
+    """Print a progress line: one line that changes in a terminal, four lines in all in a file."""
+    spent = time.time() - began
+    live = sys.stdout.isatty()
+    quarter = done * 4 // total > (done - 1) * 4 // total
+    if not live and not quarter:
+        return
+    line = f"  {label} {done}/{total}"
+    for name, value in (stats or {}).items():
+        line += f"  {name} {value:.2f}"
+    line += f"  {spent:.0f} of {spent / done * total:.0f} s"
+    if not live:
+        print(line, flush=True)
+    elif done < total:
+        print(f"{line:79.79}", end="\r", flush=True)
+    else:
+        print(f"{line:79.79}", flush=True)
+
+
+def no_print(*_: object) -> None:
+    """Print nothing: takes the place of `print`."""
+
+# ------------------------------------------------------------------------------ sampled responses
+
+def sample_text(world, prompts: Tensor, models: list, length: int, seed: int) -> str:
+    """Return each prompt (P, T), followed by a response of each model with its reward, unedited.
+
+    models: (title, model, n); the best of n responses is shown.
+    """
+    encoding = world.text.encoding
+    prompts = prompts.to(world.reference.wte.weight.device)
+    room = models[0][1].config["block_size"] - prompts.shape[1]
+    blocks = [[decode(encoding, prompt) + " ..."] for prompt in prompts.tolist()]
+    for name, model, n in models:
+        generator = seeded_generator(prompts.device, "answers", seed)
+        response, _ = model.sample(prompts, n, min(length, room), generator)
+        reward = world.reward(prompts, response).cpu()
+        best = vbon.best_of_n(reward, seeded_generator("cpu", "answers", seed)).tolist()
+        for i, j in enumerate(best):
+            words = decode(encoding, response[i, j].tolist())
+            blocks[i].append(f"  {name:<12}{reward[i, j]:+6.2f}  ...{words}")
+    return "\n".join("\n".join(block) for block in blocks) + "\n"
+
+# ------------------------------------------------------------------------------ the picture
+
+def plot_run(path: Path, rows: list[dict], rewards: list[Tensor], ref_rewards: Tensor,
+             history: list[dict]) -> None:
+    """Plot rewards on held-out prompts as histograms (left) and the training path (right).
+
+    rows and rewards: of the reference, of best-of-n and of the policy. ref_rewards (P, M) estimate
+    F there. history: one dictionary an update, with "kl_ref" and "win_rate".
+    """
+    pyplot = plain_pyplot()
+    n = rows[1]["n"]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+
+    labels = ("reference, 1 sample", f"best of {n}, {n} samples", "vBoN, 1 sample")
+    colors = ("0.6", "tab:blue", "tab:red")
+    low = rewards[0].min().item() - 0.1
+    high = rewards[0].max().item() + 0.1
+    bins = torch.linspace(low, high, 50, dtype=torch.float64).tolist()
+    for row, reward, label, color in zip(rows, rewards, labels, colors):
+        left.hist(reward.flatten().tolist(), bins, density=True, histtype="step", lw=2, color=color,
+                  label=label)
+        left.axvline(row["reward"], color=color, ls=":", lw=2)
+    left.set(xlabel="reward of a response (dotted: mean)", ylabel="density",
+             title="Rewards on held-out prompts")
+    left.legend(frameon=False, loc="upper left")
+
+    # best-of-n for every n, from the reference samples alone
+    policy = rows[2]
+    curve = [vbon.bon_attains(ref_rewards, i) for i in range(1, 3 * n + 1)]
+    right.plot([kl for kl, _ in curve], [win for _, win in curve], ".-", color="tab:blue", lw=1,
+               label="best of 1, 2, 3, ..., in theory")
+    right.plot([step["kl_ref"] for step in history], [step["win_rate"] for step in history],
+               color="tab:red", lw=1, alpha=0.5, label="vBoN, update by update")
+    right.plot(policy["kl_ref"], policy["win_rate"], "D", color="tab:red", ms=7,
+               label="vBoN, trained")
+    right.plot(*curve[n - 1], "o", color="tab:blue", ms=10, mfc="none", mew=2, label=f"best of {n}")
+    right.set(xlabel="KL to the reference, nats per response", ylabel="win rate over the reference",
+              title="The policy's path during training",
+              xlim=(-0.03, 1.7 * curve[n - 1][0] + 0.1))
+    right.legend(frameon=False, loc="lower right")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)
+
+
+def plain_pyplot():
+    """Import matplotlib.pyplot, without a window and with matplotlib's own defaults.
+
+    A notebook or a matplotlibrc may have changed them. The import is here, so that --help need not
+    wait for it.
+    """
+    os.environ["MPLBACKEND"] = "agg"
+    from matplotlib import pyplot
+    pyplot.rcdefaults()
+    return pyplot
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a figure as PNG, and close it."""
+    from matplotlib import pyplot
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    pyplot.close(figure)
+    write_whole(path, picture.getvalue())

@@ -1,0 +1,116 @@
+"""What a person reads and looks at: the table, progress lines, the picture."""
+import contextlib
+import io
+import math
+import time
+
+import pytest
+import torch
+
+import vbon
+from support import report
+
+# ---------------------------------------------------------------------------------------- the table
+
+TABLE = '''
+               reward     win rate     KL to ref     KL to BoN positive samples
+reference      -0.123 0.500 ±0.001  0.000 ±0.000  1.600 ±0.020     0.25       1
+best of 4        12.3 0.800 ±0.002  0.600 ±0.010  0.000 ±0.000     0.50       4
+vBoN             11.1 0.790 ±0.003  0.610 ±0.011  0.050 ±0.006     0.75       1
+theory, n = 4         0.733         0.464         0.000
+
+In 50% of all pairs of reference responses, both have the same reward.
+'''
+
+
+def test_the_table_is_what_a_person_expects(capsys):
+    metrics = ("reward", "win_rate", "win_rate_se", "kl_ref", "kl_ref_se", "kl_bon", "kl_bon_se",
+               "positive", "samples_per_answer")
+    values = {"ref": (-0.1234, 0.5, 0.001, 0.0, 0.0, 1.6, 0.02, 0.25, 1),
+              "bon": (12.345, 0.8, 0.002, 0.6, 0.01, 0.0, 0.0, 0.5, 4),
+              "vbon": (11.12, 0.79, 0.003, 0.61, 0.011, 0.05, 0.006, 0.75, 1)}
+    rows = [{"method": method, "n": 4} | dict(zip(metrics, row)) for method, row in values.items()]
+    # 3 right answers of 10, and 4 of 10: pairs that tie are (3·2 + 7·6) / 90 and (4·3 + 6·5) / 90
+    held = torch.tensor([[1.0] * 3 + [0.0] * 7, [1.0] * 4 + [0.0] * 6])
+    ties = (48 / 90 + 42 / 90) / 2
+    assert report.share_of_ties(held) == pytest.approx(ties)
+    # best of 4 is right with the probability 1 - .7⁴, 1 - .6⁴
+    kls = []
+    wins = []
+    for p in (0.3, 0.4):
+        right = 1 - (1 - p) ** 4
+        kls.append(right * math.log(right / p) + (1 - right) * math.log((1 - right) / (1 - p)))
+        wins.append(right * (1 - p / 2) + (1 - right) * (1 - p) / 2)
+    assert (sum(wins) / 2, sum(kls) / 2) == pytest.approx((0.733, 0.464), abs=5e-4)
+    report.print_table(rows, held)
+    assert capsys.readouterr().out.startswith(TABLE)
+
+
+class Terminal(io.StringIO):
+    """A file that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def progress(file):
+    with contextlib.redirect_stdout(file):
+        for done in range(1, 91):
+            report.show_progress("vBoN n=4", done, 90, time.time(), {"win_rate": 0.5})
+    return file.getvalue()
+
+
+def test_progress_is_one_line_in_a_terminal_and_four_in_a_file():
+    lines = progress(io.StringIO()).splitlines()
+    assert [line.split()[2] for line in lines] == ["23/90", "45/90", "68/90", "90/90"]
+    assert lines[0].startswith("  vBoN n=4 23/90  win_rate 0.50  0 of 0 s")
+    changes = progress(Terminal())
+    assert changes.count("\n") == 1
+    assert changes.count("\r") == 89
+    assert {len(line) for line in changes.replace("\n", "\r").split("\r")} == {0, 79}
+
+
+def test_the_time_that_is_left_is_told(capsys):
+    report.show_progress("drawing", 1, 4, time.time() - 10)
+    assert capsys.readouterr().out == "  drawing 1/4  10 of 40 s\n"
+
+# -------------------------------------------------------------------------------------- the picture
+
+def test_the_picture_shows_the_numbers_of_the_table(tmp_path, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    held_out = torch.randn(3, 64, generator=g).double()
+    rewards = [torch.randn(3, 40, generator=g), 0.8 + torch.randn(3, 10, generator=g),
+               1 + torch.randn(3, 20, generator=g)]
+    rows = [{"method": method, "n": 4, "reward": i / 10, "kl_ref": i / 20, "win_rate": 0.5 + i / 10}
+            for i, method in enumerate(["ref", "bon", "vbon"])]
+    history = [{"kl_ref": i / 30, "win_rate": 0.5 + i / 30} for i in range(5)]
+    pyplot = report.plain_pyplot()
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)    # to look at it after it was drawn
+    report.plot_run(tmp_path / "a.png", rows, rewards, held_out, history)
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+    left, right = figures[0].axes
+    # left: histograms of the rewards; their means, as in the table, are dotted lines
+    assert [line.get_xdata()[0] for line in left.lines] == [0.0, 0.1, 0.2]
+    for patch, wanted in zip(left.patches, rewards):
+        corners = patch.get_xy()
+        area = 0.0
+        moment = 0.0
+        for (x, y), (next_x, _) in zip(corners, corners[1:]):
+            if next_x > x and y > 0:                        # the top of a bin
+                area += (next_x - x) * y
+                moment += (next_x - x) * y * (x + next_x) / 2
+        assert area == pytest.approx(1, abs=1e-6)
+        inside = wanted[(wanted > rewards[0].min() - 0.1) & (wanted < rewards[0].max() + 0.1)]
+        assert moment == pytest.approx(inside.mean().item(), abs=0.08)
+    # right: theory, the policy's path, where it ended, and best of 4
+    theory, path, end, four = [line.get_xydata().tolist() for line in right.lines]
+    assert theory == [list(vbon.bon_attains(held_out, n)) for n in range(1, 13)]
+    assert path == [[i / 30, 0.5 + i / 30] for i in range(5)]
+    assert end == [[0.1, 0.7]]
+    assert four == [theory[3]]
+    low, high = right.get_xlim()
+    assert low < 0 and theory[3][0] < high == pytest.approx(1.7 * theory[3][0] + 0.1)
+    monkeypatch.undo()
+    pyplot.close("all")
