@@ -204,7 +204,7 @@ class GPT(nn.Module):
             state = self.states(tokens, cache, start)[:, -1]
             start += tokens.shape[1]
             prob = self.lm_head(state).softmax(-1)                        # (rows, V)
-            token = draw(prob, generator)
+            token = sample_ids(prob, generator)
             response[rows, t] = token
             logprob[rows] += prob.gather(-1, token[:, None])[:, 0].log()
             # A response that has ended leaves the batch: on the built-in text this saves a sixth
@@ -273,7 +273,7 @@ def sum_over_tokens(values: Tensor, mask: Tensor) -> Tensor:  # (R,), (B, L) -> 
     return table.masked_scatter(mask, values).sum(-1)
 
 
-def draw(prob: Tensor, generator: torch.Generator | None) -> Tensor:  # (B, V) -> (B,)
+def sample_ids(prob: Tensor, generator: torch.Generator | None) -> Tensor:  # (B, V) -> (B,)
     """Sample one id from each row of probabilities.
 
     It is the first id whose cumulative probability exceeds a uniform random number.

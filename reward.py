@@ -24,6 +24,7 @@ class Classifier(nn.Module):
         self.eot = vocab_size - 1
         self.weight = nn.Embedding(vocab_size, 1)
         self.bias = nn.Parameter(torch.zeros(1))
+        # words that training never shows should not count, so all weights start at 0
         nn.init.zeros_(self.weight.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B,)
@@ -47,6 +48,7 @@ def train_classifier(tokens: Tensor, labels: Tensor, vocab_size: int, epochs: in
                      generator: torch.Generator) -> Classifier:
     """Fit a classifier to texts (R, T), padded with end-of-text, and labels (R,), 0 or 1."""
     model = Classifier(vocab_size)
+    # weight decay keeps the weights of rare words small
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.03, weight_decay=0.1)
     for _ in range(epochs):
         order = torch.randperm(len(tokens), generator=generator)

@@ -30,12 +30,12 @@ TIED = torch.tensor([2.0, -1.0, 2.0, 3.0, -1.0, -1.0], dtype=torch.float64)
 
 
 def brute_force_bon(prob, reward, n):
-    """π_bon by its definition: all ways to draw n responses; those that tie for the best share."""
+    """π_bon by its definition: all tuples of n responses; those that tie for the best share."""
     bon = torch.zeros(len(prob)).double()
-    for draws in itertools.product(range(len(prob)), repeat=n):
-        draws = torch.tensor(draws)
-        best = draws[reward[draws] == reward[draws].max()]
-        share = prob[draws].prod() / len(best)
+    for indices in itertools.product(range(len(prob)), repeat=n):
+        y = torch.tensor(indices)
+        best = y[reward[y] == reward[y].max()]
+        share = prob[y].prod() / len(best)
         bon.index_add_(0, best, share.expand(len(best)))
     return bon
 
@@ -132,7 +132,7 @@ def test_the_naive_line_breaks_where_the_sum_does_not(dtype, log_p):
 
 @pytest.mark.parametrize("n", [1, 4])
 def test_a_cdf_of_zero_gives_no_nan(n):
-    """Best-of-n returns the worst response only if all n draws are this one."""
+    """Best-of-n returns the worst response only if all n samples are this one."""
     zero = torch.tensor(-math.inf)
     log_p = torch.tensor(-3.0)
     assert vbon.bon_logprob(log_p, zero, n).item() == pytest.approx(-3.0 * n)
@@ -170,7 +170,7 @@ def test_the_target_by_hand_where_rewards_tie():
 
 @pytest.mark.parametrize("reward", [DISTINCT, TIED], ids=["distinct", "tied"])
 @pytest.mark.parametrize("m, error, lowest", [(64, 0.004, -0.016), (512, 0.0007, -0.004)])
-def test_the_target_is_best_of_n_in_a_world_that_is_drawn_again_and_again(
+def test_the_target_is_best_of_n_in_a_world_that_is_sampled_again_and_again(
         reward, m, error, lowest):
     """(7), for 8,000 sets of m reference responses, against brute force."""
     bon = brute_force_bon(PROB, reward, 4)
@@ -404,17 +404,17 @@ def test_the_mask_ends_with_the_first_end_of_text():
 
 
 def test_samples_follow_the_enumerated_distribution():
-    drawn, _ = tiny_gpt().sample(PROMPT, 40_000, 3, torch.Generator().manual_seed(2))
+    response, _ = tiny_gpt().sample(PROMPT, 40_000, 3, torch.Generator().manual_seed(2))
     prob = all_logprobs(tiny_gpt()).exp()
-    share = which(drawn)[0].bincount(minlength=40) / 40_000
-    assert torch.equal(RESPONSES[0, which(drawn)], drawn)      # there are no other ones
+    share = which(response)[0].bincount(minlength=40) / 40_000
+    assert torch.equal(RESPONSES[0, which(response)], response)      # no others
     assert ((share - prob).abs() < 5 * (prob / 40_000).sqrt()).all()
 
 
 def test_the_logprob_while_sampling_is_the_one_scored_later():
-    drawn, sampled = tiny_gpt().sample(PROMPT, 200, 3, torch.Generator().manual_seed(0))
-    scored = tiny_gpt().logprob(PROMPT, drawn)
-    assert len(set(which(drawn)[0].tolist())) > 20             # short ones and long ones
+    response, sampled = tiny_gpt().sample(PROMPT, 200, 3, torch.Generator().manual_seed(0))
+    scored = tiny_gpt().logprob(PROMPT, response)
+    assert len(set(which(response)[0].tolist())) > 20          # short ones and long ones
     assert torch.allclose(sampled, scored, rtol=0, atol=1e-5)
 
 
@@ -432,8 +432,8 @@ def test_the_expected_gradient_reaches_the_weights_of_the_model():
     chance = logprob.detach()[pairs].sum(1).exp()
     expected = torch.zeros(40).double()
     expected.index_add_(0, pairs.flatten(), (chance[:, None] * by_response).flatten())
-    drawn = gradient_of((expected * logprob).sum(), policy)
-    assert (drawn - exact).norm() < 1e-4 * exact.norm()
+    mean = gradient_of((expected * logprob).sum(), policy)
+    assert (mean - exact).norm() < 1e-4 * exact.norm()
 
 
 def test_the_kl_per_token_has_the_mean_of_the_exact_kl():

@@ -242,6 +242,7 @@ def prepare(args: argparse.Namespace, inputs: Inputs, settings: Settings, n: int
         say(report.CONSTANT_REWARD)
     return World(text, reference, reward, samples, held_out, candidates, prompt)
 
+
 def sample_responses(model: GPT, reward_fn, prompts: Tensor, k: int, length: int, name: str,
                      seed: int) -> dict:
     """Sample k responses to each prompt (P, T), and reward them; a stage for `keep`.
@@ -276,6 +277,21 @@ class Batch(NamedTuple):
     ref_rewards: Tensor             # (P, M)
 
 
+class Method(NamedTuple):
+    """One way to fine-tune a policy; experiments/methods.py has others."""
+    label: str                      # for the progress line
+    names: tuple                    # seed the random numbers
+    gradient: Callable              # with the parameters of `vbon_gradient`
+
+
+def watch(batch: Batch, rollout: vbon.Rollout, logprob: Tensor) -> dict[str, float]:
+    """Return the means over a batch that are worth watching; the loss itself means nothing."""
+    return {
+        "win_rate": vbon.win_rate(rollout.reward, batch.ref_rewards).mean().item(),
+        "kl_ref": (logprob - rollout.ref_logprob).mean().item(),
+    }
+
+
 def vbon_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
                   settings: TuningSettings, generator: torch.Generator) -> dict[str, float]:
     """Add the gradient of the loss, minus (6), to the policy's .grad: steps (a) to (e)."""
@@ -289,21 +305,6 @@ def vbon_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
     # (d), (e): score them under the policy, with gradients, and follow (6)
     logprob = vbon.reinforce(policy, batch.prompt, rollout.response, log_target, part)
     return watch(batch, rollout, logprob) | {"kl_target": (logprob - log_target).mean().item()}
-
-
-def watch(batch: Batch, rollout: vbon.Rollout, logprob: Tensor) -> dict[str, float]:
-    """Return the means over a batch that are worth watching; the loss itself means nothing."""
-    return {
-        "win_rate": vbon.win_rate(rollout.reward, batch.ref_rewards).mean().item(),
-        "kl_ref": (logprob - rollout.ref_logprob).mean().item(),
-    }
-
-
-class Method(NamedTuple):
-    """One way to fine-tune a policy; experiments/methods.py has others."""
-    label: str                      # for the progress line
-    names: tuple                    # seed the random numbers
-    gradient: Callable              # with the parameters of `vbon_gradient`
 
 
 def fine_tune(checkpoint: Path, method: Method, n: int, reference: GPT, reward_fn, samples: Samples,
@@ -346,7 +347,6 @@ def decay(step: int, steps: int) -> float:
     if progress <= 0.5:
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (2 * progress - 1)))
-
 
 # -------------------------------------------------------------------------------------- evaluation
 

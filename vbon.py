@@ -1,16 +1,16 @@
 """vbon.py: Variational Best-of-N Alignment (Amini, Vieira, Ash, Cotterell; arXiv 2407.06057).
 
-Best-of-N draws N responses from a reference model π_ref and keeps the one with the highest reward.
-What it returns has a distribution, π_bon, and this distribution has a formula. vBoN fine-tunes a
-policy π_θ towards it, by minimising KL(π_θ || π_bon). After that, one sample does the work of N.
-`python vbon.py` shows all of it on six responses, in one screen, without a network.
+Best-of-N samples N responses from a reference model π_ref and keeps the one with the highest
+reward. The distribution of that response, π_bon, has a formula. vBoN fine-tunes a policy π_θ
+towards it, by minimising KL(π_θ || π_bon). After that, one sample does the work of N.
+`python vbon.py` shows all of this on six responses, without a neural network.
 
     symbol       name          shape       meaning
     x            prompt        (P, T)      P prompts of T token ids
-    y            response      (P, K, L)   K responses to each, of at most L tokens
-    log π_ref(y) ref_logprob   (P, K)      log-probability of a whole response, in nats
+    y            response      (P, K, L)   K responses to each prompt, of at most L tokens
+    log π_ref(y) ref_logprob   (P, K)      log-probability of the response, in nats
     log π_θ(y)   logprob       (P, K)      the same under the policy
-    r(y)         reward        (P, K)      any number; only how it ranks responses matters
+    r(y)         reward        (P, K)      any number; only the ranking of the responses matters
     r_1..r_M     ref_rewards   (P, M)      rewards of M reference responses to the same prompt
     F            cdf           (P, K)      the probability that a reference response scores lower
     N            n             int >= 1    the N of best-of-N
@@ -26,8 +26,8 @@ policy π_θ towards it, by minimising KL(π_θ || π_bon). After that, one samp
     (7)  F_lt = (#less + 1) / (M + 1)                                          the estimate from M
          F_le = F_lt + #equal / (M + 1), or F_lt + π_ref(y) if #equal = 0
 
-E_θ is the mean over responses that the policy itself samples; b is a number, the baseline. (4) and
-F_le in (7) are not in the paper, which assumes that rewards do not tie.
+E_θ is the mean over responses sampled from the policy; b is a number, the baseline. (4) and F_le in
+(7) are not in the paper, which assumes that rewards do not tie.
 
 A model needs two methods, and a reward is a function. (P, K) arithmetic is float64, on the CPU.
     model.sample(prompt, k, length, generator) -> response (P, K, L), logprob (P, K)
@@ -56,7 +56,7 @@ def empirical_cdf(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P,
 
 
 def win_rate(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P, M) -> (P, K)
-    """The share of the M reference responses that y beats; a tie counts half.
+    """Return the share of the M reference responses that y beats; a tie counts half.
 
     Reward 2 against 1, 2, 2, 3 beats one and ties with two: (1 + 2/2) / 4 = 0.5.
     """
@@ -65,7 +65,7 @@ def win_rate(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P, M) -
 
 
 def _count_less_and_equal(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """#{r_j < r} and #{r_j = r}, each (P, K), by binary search in the sorted ref_rewards."""
+    """Return #{r_j < r} and #{r_j = r}, each (P, K), by binary search in sorted ref_rewards."""
     _check_rewards(reward, ref_rewards)
     reward = _float64(reward).contiguous()
     ref_rewards, _ = _float64(ref_rewards).sort(-1)
@@ -76,7 +76,7 @@ def _count_less_and_equal(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, 
 # ----------------------------------------------------------------- 2. the distribution of best-of-N
 
 def bon_logprob(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:  # (...), (...) -> (...)
-    """log π_bon(y) by equation (2): the paper's exact form, for rewards that do not tie.
+    """Return log π_bon(y) by equation (2): the paper's exact form, for rewards that do not tie.
 
     π_ref(y) = 0.1 and F = 0.75 with n = 2 give 0.85² - 0.75² = 0.16. log_cdf may be -inf (F = 0).
     Training uses `bon_target`, which is this form where no reference response ties with y.
@@ -93,16 +93,16 @@ def bon_logprob(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:  # (...
 
 
 def bon_logprob_bound(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:
-    """The lower bound (3) of log π_bon(y), same shapes as `bon_logprob`.
+    """Return the lower bound (3) of log π_bon(y). Same shapes and errors as `bon_logprob`.
 
-    On text the two agree to rounding: a whole sentence is improbable, so the terms i >= 2 vanish.
+    On text the two agree up to rounding: a sentence is so improbable that the terms i >= 2 vanish.
     """
     ref_logprob, log_cdf = _check_logs(n, ref_logprob, log_cdf)
     return math.log(n) + _log_power(log_cdf, torch.tensor(n - 1)) + ref_logprob
 
 
 def bon_logprob_ties(ref_logprob: Tensor, log_lt: Tensor, log_le: Tensor, n: int) -> Tensor:
-    """log π_bon(y) by equation (4), right for any ties, from log F_lt and log F_le.
+    """Return log π_bon(y) by equation (4), from log F_lt and log F_le. Rewards may tie.
 
     F_le = F_lt + π_ref(y) gives equation (2). F_le = F_lt gives equation (3).
     """
@@ -113,16 +113,19 @@ def bon_logprob_ties(ref_logprob: Tensor, log_lt: Tensor, log_le: Tensor, n: int
 
 
 def bon_target(ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int) -> Tensor:
-    """log π_bon(y) (P, K) from samples: (4) with the estimate (7). *The* target of this project.
+    """Return log π_bon(y) (P, K) by (4) with the estimate (7): the target of training, and the
+    reference point of the evaluation.
 
     ref_logprob (P, K), reward (P, K), ref_rewards (P, M). Reward 2 against 1, 2, 2, 3 has
     F_lt = 2/5 and F_le = 4/5. Where nothing ties, this is equation (2) with `empirical_cdf`.
+    Another estimate, #less/(M+1) and (#less + #equal + 1)/(M+1), has no bias in the mean weight
+    π_bon/π_ref. But a perfect policy then reads a KL of (N-1)/(2M) to π_bon; with (7), about 0.
     """
     _check_shapes(ref_logprob, reward)
     ref_logprob = _float64(ref_logprob)
     cdf_lt = empirical_cdf(reward, ref_rewards)
-    # P(r' = r): the share of reference responses that tie with y. If none does, y is the only
-    # response known to have this reward: its own probability. F_le may then exceed 1 a little.
+    # P(r' = r) is the share of reference responses that tie with y. If none does, y is the only
+    # response known to have this reward, and its own probability is the estimate.
     _, equal = _count_less_and_equal(reward, ref_rewards)
     m = ref_rewards.shape[1]
     tied = torch.where(equal > 0, equal / (m + 1), ref_logprob.exp())
@@ -131,7 +134,7 @@ def bon_target(ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int)
 
 
 def best_of_n(reward: Tensor, generator: torch.Generator | None = None) -> Tensor:  # (P, N) -> (P,)
-    """Best-of-N itself: the index of the highest of N rewards; ties are broken at random."""
+    """Return the index of the highest of N rewards; ties are broken at random."""
     _check_rewards(reward)
     reward = _float64(reward)
     is_best = reward == reward.max(-1, keepdim=True).values
@@ -139,10 +142,10 @@ def best_of_n(reward: Tensor, generator: torch.Generator | None = None) -> Tenso
 
 
 def bon_attains(ref_rewards: Tensor, n: int) -> tuple[float, float]:  # (P, M) -> kl, win_rate
-    """What best-of-N attains with this reward, ties included: KL to π_ref in nats, and win rate.
+    """Return what best-of-N attains with this reward: KL to π_ref in nats, and win rate.
 
-    The M rewards of a prompt are treated as the whole distribution of its reward: best-of-N returns
-    a reward with probability F_le^N - F_lt^N. Without ties and for large M, the KL is
+    The M rewards of a prompt are treated as the complete distribution of its reward: best-of-N
+    returns a reward with probability F_le^N - F_lt^N. Without ties and for large M, the KL is
     log N - (N-1)/N and the win rate N/(N+1).
     """
     _check_n(n)
@@ -150,20 +153,20 @@ def bon_attains(ref_rewards: Tensor, n: int) -> tuple[float, float]:  # (P, M) -
     m = ref_rewards.shape[1]
     cdf_lt = less / m
     cdf_le = (less + equal) / m
-    # how many times as probable best-of-n makes each of the M responses: π_bon / π_ref
+    # π_bon / π_ref of each of the M responses
     ratio = (cdf_le ** n - cdf_lt ** n) / (cdf_le - cdf_lt)
-    # a mean over best-of-n is a mean over the M responses, each counted `ratio` times
+    # a mean under best-of-n is a mean over the M responses with these ratios as weights
     kl = torch.xlogy(ratio, ratio)                 # ratio · log ratio
-    wins = ratio * (cdf_lt + cdf_le) / 2           # it beats F_lt, and half of what ties
+    wins = ratio * (cdf_lt + cdf_le) / 2           # a tie counts half
     return kl.mean().item(), wins.mean().item()
 
 # ---------------------------------------------------------------- 3. the objective and its gradient
 
 def leave_one_out(score: Tensor) -> Tensor:  # (P, K) -> (P, K)
-    """The baseline b of (6): for each response, the mean score of the other K - 1.
+    """Return the baseline b of (6): for each response, the mean score of the other K - 1.
 
-    Scores 1, 2, 6 have the baselines 4, 3.5, 1.5. Without y's own score, b does not depend on y,
-    and E_θ[b ∇ log π_θ(y)] = 0. Raises ValueError for K < 2.
+    Scores 1, 2, 6 have the baselines 4, 3.5, 1.5. Since y's own score is left out, b does not
+    depend on y, and E_θ[b ∇ log π_θ(y)] = 0. Raises ValueError for K < 2.
     """
     if score.dim() != 2 or score.shape[1] < 2:
         raise ValueError(f"want score (P, K) with K >= 2, got {tuple(score.shape)}")
@@ -172,17 +175,18 @@ def leave_one_out(score: Tensor) -> Tensor:  # (P, K) -> (P, K)
 
 
 def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (P, K) -> ()
-    """A number whose *gradient* is minus (6), if y was sampled from π_θ: a surrogate for -J.
+    """Return a surrogate loss: its *gradient* is minus (6), if y was sampled from π_θ.
 
-    Minus, since an optimizer minimises; the mean is over prompts and responses. Its value means
-    nothing; watch the KL to π_bon instead. Raises ValueError for K < 2, unequal shapes and
-    log-probabilities that are not finite.
+    Minus, since an optimizer minimises. It is a mean over prompts and responses. Its value means
+    nothing; watch the KL to π_bon instead. A constant in log_target, such as the log of an unknown
+    normaliser, changes nothing: the baseline subtracts it. Raises ValueError for K < 2, unequal
+    shapes and log-probabilities that are not finite.
     """
     _check_shapes(logprob, log_target)
     logprob = _float64(logprob)
-    # Detached: in (6) the score is a number. Else autograd would differentiate both factors of
-    # advantage · logprob, and add -log π_θ · ∇ log π_θ, whose mean is not 0. When π_θ reaches the
-    # target, the score is the same for every response, and the noise of the gradient is zero.
+    # Detach it: in (6) the score is a number. Otherwise autograd would differentiate both factors
+    # of advantage · logprob, and add -log π_θ · ∇ log π_θ, whose mean is not 0. When π_θ reaches
+    # the target, all responses have the same score, and the gradient noise is zero.
     score = (_float64(log_target) - logprob).detach()
     if not score.isfinite().all():
         raise ValueError("want finite log-probabilities, got nan or inf")
@@ -192,18 +196,18 @@ def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (
 # --------------------------------------------------------------------------------- 4. the algorithm
 
 def grow(n: int, step: int, steps: int) -> int:
-    """The N to aim for at this step: it grows from 2 to n over the first 40 % of the steps.
+    """Return the N to aim for at this step. It grows from 2 to n over the first 40 % of the steps.
 
-    At first the policy is the reference, and has many poor responses. A large N would give them a
-    very negative (N-1) · log F, and a few of them would decide the gradient. For n = 4 and 90 steps
-    it is 2 for 18 steps, 3 for 10, then 4. The KL to best of *this* N jumps where N does.
+    At first the policy is the reference, with many poor responses. A large N would give them a very
+    negative (N-1) · log F, and a few of them would dominate the gradient. With n = 4 and 90 steps
+    it is 2 for 18 steps, 3 for 10, then 4. The KL to best-of-N jumps where this N does.
     """
     progress = min(1.0, (step + 1) / (0.4 * steps))
     return math.ceil(n ** progress)
 
 
 class Rollout(NamedTuple):
-    """What steps (a) and (b) return."""
+    """The result of steps (a) and (b)."""
     response: Tensor                    # (P, K, L) sampled from the policy
     reward: Tensor                      # (P, K)
     ref_logprob: Tensor                 # (P, K)
@@ -212,14 +216,14 @@ class Rollout(NamedTuple):
 @torch.no_grad()
 def roll_out(policy, reference, reward_fn, prompt: Tensor, k: int, length: int,
              generator: torch.Generator, part: int | None = None) -> Rollout:
-    """Steps (a) and (b) of an update: sample k responses to each prompt (P, T), and judge them.
+    """Do steps (a) and (b) of an update: sample k responses to each prompt (P, T), and score them.
 
     All prompts are sampled together. The reference scores `part` of them at a time (default: all),
-    since the logits of all tokens at once need much memory.
+    because the logits of all tokens take much memory.
     """
     # (a) sample from the policy: y ~ π_θ
     response, _ = policy.sample(prompt, k, length, generator)           # (P, K, L)
-    # (b) ask the reward and the reference what they think of y
+    # (b) the reward of y, and its log-probability under the reference
     reward = reward_fn(prompt, response)                                # (P, K)
     size = part or len(prompt)
     ref_logprob = []
@@ -230,7 +234,7 @@ def roll_out(policy, reference, reward_fn, prompt: Tensor, k: int, length: int,
 
 def reinforce(policy, prompt: Tensor, response: Tensor, log_target: Tensor,
               part: int | None = None) -> Tensor:  # (P, T), (P, K, L), (P, K) -> (P, K)
-    """Steps (d) and (e): add the gradient of the loss, *minus* (6), to .grad of the parameters.
+    """Do steps (d) and (e): add the gradient of the loss, *minus* (6), to the parameters' .grad.
 
     The policy scores `part` prompts at a time (default: all); the gradients of the parts add up.
     Returns log π_θ(y), without gradients. This estimator of (6) is called REINFORCE.
@@ -239,23 +243,23 @@ def reinforce(policy, prompt: Tensor, response: Tensor, log_target: Tensor,
     parts = zip(prompt.split(size), response.split(size), log_target.split(size))
     found = []
     for x, y, target in parts:
-        # (d) score y under the policy: one pass over all tokens, with gradients
+        # (d) log π_θ(y): one forward pass over all tokens, with gradients
         logprob = _float64(policy.logprob(x, y))                        # (part, K)
-        # (e) the mean over all prompts is the sum of the parts' means, each times its share
+        # (e) the mean over all prompts: each part's mean, times its share of the prompts
         share = len(x) / len(prompt)
         loss = share * reverse_kl_loss(logprob, target)
         loss.backward()
         found.append(logprob.detach())
     return torch.cat(found)
 
-# ------------------------------------------------------------------ 5. what the functions above use
+# ---------------------------------------------------------------------------------------- 5. helpers
 
 def _float64(x: Tensor) -> Tensor:
     return x.cpu().double()                # in this order: not every device knows float64
 
 
 def _numbers(first: int, last: int, x: Tensor) -> Tensor:
-    """first, ..., last along a new axis in front of those of x."""
+    """Return first, ..., last along a new first axis, to broadcast with x."""
     numbers = torch.arange(first, last + 1).double()
     return numbers.view(-1, *[1] * x.dim())
 
@@ -270,8 +274,8 @@ def _check_n(n: int) -> None:
         raise ValueError(f"want an integer n >= 1, got {n!r}")
 
 
-def _check_shapes(*given: Tensor) -> None:
-    shapes = [tuple(x.shape) for x in given]
+def _check_shapes(*tensors: Tensor) -> None:
+    shapes = [tuple(x.shape) for x in tensors]
     if len(set(shapes)) > 1:
         raise ValueError(f"want tensors of one shape, got {shapes}")
 
@@ -286,7 +290,7 @@ def _check_rewards(*rewards: Tensor) -> None:
 
 
 def _check_logs(n: int, *logs: Tensor) -> list[Tensor]:
-    """The same logarithms in float64, once they are known to be usable."""
+    """Return the logarithms in float64, after checking n, shapes and nan."""
     _check_n(n)
     _check_shapes(*logs)
     for x in logs:
@@ -297,18 +301,18 @@ def _check_logs(n: int, *logs: Tensor) -> list[Tensor]:
 # -------------------------------------------------------------------------------- 6. python vbon.py
 
 class ToyModel:
-    """A language model with one prompt and six responses of one token: just six logits."""
+    """A language model with six responses of one token: only six logits."""
 
     def __init__(self, prob: Tensor):
         self.logits = prob.log().requires_grad_()
 
     def logprob(self, prompt: Tensor, response: Tensor) -> Tensor:
-        """log π(y) (P, K) of responses (P, K, 1)."""
+        """Return log π(y) (P, K) of responses (P, K, 1)."""
         return self.logits.log_softmax(0)[response[:, :, 0]]
 
     def sample(self, prompt: Tensor, k: int, length: int, generator: torch.Generator
                ) -> tuple[Tensor, Tensor]:
-        """k responses (P, K, 1) to each prompt, and their log-probabilities (P, K)."""
+        """Sample k responses (P, K, 1) to each prompt; also return their log π(y) (P, K)."""
         prob = self.logits.detach().softmax(0).expand(len(prompt), 6)
         token = torch.multinomial(prob, k, replacement=True, generator=generator)
         response = token[:, :, None]
@@ -316,21 +320,21 @@ class ToyModel:
 
 
 def toy(n: int = 4) -> None:
-    """The paper on six responses with known probabilities, where every number can be checked."""
+    """Show the paper on six responses with known probabilities, where all numbers can be checked."""
     prob = torch.tensor([0.20, 0.30, 0.20, 0.05, 0.10, 0.15], dtype=torch.float64)
     reward = torch.tensor([-4.0, -1.0, 0.5, 1.0, 2.0, 3.0], dtype=torch.float64)
     # equation (1): the probability of all responses that score lower
     cdf = prob.cumsum(0) - prob
-    # best-of-n by its definition: go through all 6^n ways to draw n responses
+    # best-of-n by its definition: enumerate all 6^n tuples of n responses
     brute = torch.zeros(6, dtype=torch.float64)
-    for draws in itertools.product(range(6), repeat=n):
-        best = max(draws)                                       # the rewards are in order
-        brute[best] += prob[list(draws)].prod()
+    for responses in itertools.product(range(6), repeat=n):
+        best = max(responses)                                   # the rewards are in ascending order
+        brute[best] += prob[list(responses)].prod()
     log_bon = bon_logprob(prob.log(), cdf.log(), n)
     bound = bon_logprob_bound(prob.log(), cdf.log(), n).exp()
 
-    # vBoN: the policy starts as the reference, and learns from 64 samples in each update. It does
-    # not know F; it has the rewards of 2,000 samples of the reference.
+    # vBoN: the policy starts as the reference and gets 64 samples in each update. F is not known
+    # here, but estimated from 2,000 samples of the reference.
     reference = ToyModel(prob)
     policy = ToyModel(prob)
     prompt = torch.zeros(1, 1, dtype=torch.int64)
@@ -352,13 +356,13 @@ def toy(n: int = 4) -> None:
         reinforce(policy, prompt, rollout.response, log_target)
         optimizer.step()
 
-    print(f"Six responses, n = {n}. How probable each of them is:\n")
+    print(f"The probabilities of six responses, n = {n}:\n")
     print(" reward   under π_ref   F (1)   best of n   exact (2)   bound (3)   trained policy")
     table = torch.stack([reward, prob, cdf, brute, log_bon.exp(), bound, logprob.exp()], 1)
     for row in table.tolist():
         print("{:7.1f}{:14.3f}{:8.2f}{:12.4f}{:12.4f}{:12.4f}{:17.4f}".format(*row))
-    print("\nbest of n: all ways to draw n responses, counted one by one. The policy was trained on"
-          "\nits own samples. Its KL to best-of-n, in nats:")
+    print("\nbest of n: by enumeration of all tuples of n responses. The policy was trained by vBoN;"
+          "\nits KL to best-of-n, in nats:")
     for step in (0, 25, 50, 100, 200, 400):
         print(f"  step {step:3}   {kl[step]:.4f}")
 

@@ -1,1 +1,1 @@
-"""What goes past the paper's own method: other methods, their comparison, and three studies."""
+"""Other methods beside vBoN, their comparison, studies, and other models."""

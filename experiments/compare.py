@@ -1,4 +1,4 @@
-"""compare.py: several N, seeds and methods, what theory says of them, and how far each one came.
+"""compare.py: several N, seeds and methods, beside what theory says of each.
 
     python -m experiments.compare --n 2 4 8 --seed 0 1 2 --method vbon bound kl-rl bon-sft bond
 
@@ -35,7 +35,7 @@ NAMES = {"ref": "reference", "bon": "best of {n}", "soft-bon": "soft best of {n}
 # ------------------------------------------------------------------------------------- the main job
 
 def main(argv: list[str] | None = None) -> None:
-    """All seeds, N and methods; then tables over the seeds, a picture, and samples."""
+    """Train and evaluate for all seeds, N and methods; then print tables and plot a picture."""
     began = time.time()
     args = parse_arguments(argv)
     out = Path(args.out)
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def policy_folder(args: argparse.Namespace, out: Path, method: str, n: int, beta: float | None,
                   seed: int) -> Path:
-    """Where a policy is left: policy-n4-seed0 as in train.py, policy-bound-n4-seed0, ..."""
+    """Return the folder of a policy: policy-n4-seed0 as in train.py, policy-bound-n4-seed0, ..."""
     if method == "vbon":
         return out / f"policy-n{n}-seed{seed}"
     if method == "kl-rl" and args.beta is not None:
@@ -99,7 +99,7 @@ def policy_folder(args: argparse.Namespace, out: Path, method: str, n: int, beta
 
 
 def all_folders(args: argparse.Namespace, out: Path) -> list[Path]:
-    """All that a run will leave."""
+    """Return the folders of all models that a run exports."""
     folders = []
     for seed in args.seed:
         folders.append(out / f"reference-seed{seed}")
@@ -111,7 +111,7 @@ def all_folders(args: argparse.Namespace, out: Path) -> list[Path]:
 
 
 def choose_betas(args: argparse.Namespace, n: int, held_rewards: Tensor) -> list[float]:
-    """The β of KL-RL for one N: those of --beta, or the one that goes as far as best-of-n."""
+    """Return the values of β for one N: those of --beta, or the one that goes as far as best-of-n."""
     if "kl-rl" not in args.method:
         return []
     if args.beta is not None:
@@ -129,7 +129,7 @@ class Policy(NamedTuple):
 
 def get_policies(args: argparse.Namespace, out: Path, world: train.World, n: int,
                  betas: list[float], settings: train.Settings, seed: int) -> list[Policy]:
-    """Stage fine-tuning, for each method and β."""
+    """Fine-tune with each method and β."""
     policies = []
     for name in TRAINED:
         if name not in args.method:
@@ -142,7 +142,7 @@ def get_policies(args: argparse.Namespace, out: Path, world: train.World, n: int
 
 def get_policy(out: Path, name: str, beta: float | None, world: train.World, n: int,
                settings: train.Settings, seed: int) -> Policy:
-    """Stage fine-tuning, for one method."""
+    """Fine-tune with one method, or take the policy from the cache."""
     aim = f"n{n}"
     code_used = ("vbon",)
     if name == "vbon":
@@ -180,9 +180,9 @@ def measure_decoding(world: train.World, n: int, betas: list[float], seed: int, 
 def measure_policies(out: Path, world: train.World, policies: list[Policy], n: int,
                      settings: train.Settings, seed: int, made_by: dict
                      ) -> tuple[list[dict], list[Tensor]]:
-    """Stage evaluation: the lines of the policies, and the rewards (P', K) of each.
+    """Evaluate the policies: return their lines, and the rewards (P', K) of each.
 
-    vBoN's is the line that train.py writes.
+    vBoN's line is the one that train.py writes.
     """
     rows = []
     rewards = []
@@ -237,12 +237,12 @@ def sample_text(world: train.World, policies: list[Policy], prompts: Tensor, n: 
 
 
 def distances(row: dict, reward: Tensor, held_rewards: Tensor) -> dict[str, float | None]:
-    """How far a row, and the aim of its method, are below the highest at their KL; None: unknown.
+    """Return how far a row, and the aim of its method, are below the highest at their KL.
 
     reward (P', K) are the rewards of its responses, held_rewards (P', M) those of the reference.
-    For win_rate and reward: `below_*` of the row; `aim_below_*` of the aim; `left_*`, what training
-    has left undone: the difference of the two. Also the aim itself: aim_win_rate, aim_kl_ref and
-    aim_kl_bon.
+    For win_rate and reward: `below_*` of the row; `aim_below_*` of the aim; their difference
+    `left_*`, which training left undone. Also the aim itself: aim_win_rate, aim_kl_ref, aim_kl_bon.
+    None where too few effective samples are left.
     """
     aim = theory.aim(row["method"], row["n"], row["beta"], held_rewards)
     found = {}
@@ -262,10 +262,10 @@ def distances(row: dict, reward: Tensor, held_rewards: Tensor) -> dict[str, floa
 
 
 def error_of_distance(row: dict, reward: Tensor, held_rewards: Tensor) -> float:
-    """The standard error of `below_reward`, over prompts.
+    """Return the standard error of `below_reward`, over prompts.
 
-    Some prompts have high rewards whatever the policy does. So the difference to the highest is
-    taken for each prompt by itself; that of the rewards alone would vary far more.
+    Some prompts have high rewards with any policy. So the difference to the highest is taken for
+    each prompt separately: it varies far less than the rewards.
     """
     weight = theory.highest_weights("reward", row["kl_ref"], held_rewards)
     highest = (weight * held_rewards.double()).sum(-1, keepdim=True)        # (P', 1)
@@ -274,7 +274,7 @@ def error_of_distance(row: dict, reward: Tensor, held_rewards: Tensor) -> float:
 
 
 def below_highest(plane: str, point: dict | None, held_rewards: Tensor) -> float | None:
-    """How much win rate or reward a point lacks to the highest at its KL; None where unknown."""
+    """Return how far a point is below the highest win rate or reward at its KL, or None."""
     if point is None:
         return None
     highest = theory.highest(plane, point["kl_ref"], held_rewards)
@@ -288,9 +288,9 @@ Groups = dict[tuple, list[dict]]
 
 
 def over_seeds(rows: list[dict], beta_given: bool) -> Groups:
-    """Rows that differ only in their seed: (n, method, β) -> rows.
+    """Group rows that differ only in their seed: (n, method, β) -> rows.
 
-    A β that was found differs from seed to seed: it is no part of the name.
+    If β was not given, each seed has found its own, and β is not part of the key.
     """
     groups = {}
     for row in rows:
@@ -300,10 +300,10 @@ def over_seeds(rows: list[dict], beta_given: bool) -> Groups:
 
 
 def mean_and_spread(rows: list[dict], name: str) -> tuple[float, float] | None:
-    """Mean over seeds, and the larger of two errors; None if a value is unknown.
+    """Return the mean over seeds, and the larger of two errors; None if a value is unknown.
 
-    One is the standard deviation over the seeds. That of three seeds can be far too small by
-    chance. The other, the standard error of one row over its prompts, knows nothing of training.
+    One is the standard deviation over the seeds, which for three seeds can be far too small by
+    chance. The other is the standard error of a row over its prompts, which ignores training.
     """
     values = [row[name] for row in rows]
     if None in values:
@@ -317,12 +317,12 @@ def mean_and_spread(rows: list[dict], name: str) -> tuple[float, float] | None:
 
 
 def title(method: str, n: int) -> str:
-    """How a method is called in tables and in answers."""
+    """Return the name of a method in tables and samples."""
     return NAMES[method].format(n=n)
 
 
 def print_table(groups: Groups, ns: list[int], pool: Tensor) -> None:
-    """Means over the seeds; under each N, what best-of-N attains with the rewards of all seeds."""
+    """Print means over the seeds; under each N, what best-of-N attains in theory."""
     print(f"\n{'':17}{'reward':>13}{'win rate':>14}{'KL to ref':>14}{'KL to BoN':>14}"
           f"{'positive':>9}{'samples':>8}  beta")
     for n in ns:
@@ -339,16 +339,16 @@ def print_table(groups: Groups, ns: list[int], pool: Tensor) -> None:
                 beta = f"{mean_and_spread(rows, 'beta')[0]:.3g}"
             print(f"{title(method, n):16}{cells}{positive:9.2f}{rows[0]['samples_per_answer']:8}"
                   f"  {beta}".rstrip())
-        # what best-of-n attains with these rewards, ties included
+        # with the held-out rewards of all seeds
         kl, win = vbon.bon_attains(pool, n)
         reward = theory.bon_expected_reward(pool, n).mean().item()
         print(f"{f'theory, N = {n}':16}{reward:7.3f}{win:14.3f}{kl:14.3f}{0:14.3f}")
-    print("\nKLs in nats per answer. ±: the larger of standard deviation over seeds and standard "
-          "error.")
+    print("\nKLs in nats per response. ±: the larger of standard deviation over seeds and "
+          "standard error.")
 
 
 def with_error(found: tuple[float, float] | None) -> str:
-    """A number and its ±, or nothing where it is unknown."""
+    """Format a number and its ±; empty if it is unknown."""
     if found is None:
         return ""
     mean, spread = found
@@ -356,7 +356,7 @@ def with_error(found: tuple[float, float] | None) -> str:
 
 
 def print_comparison(groups: Groups, ns: list[int]) -> None:
-    """What each method aims at, how far from the highest at its KL it ends, and a verdict."""
+    """Print each method's aim, how far below the highest at its KL it ends, and a ranking."""
     print(f"\n{'':22}{'aim: win':>9}{'KL to':>7}{'KL to':>7}{'win rate below highest':>25}"
           f"{'reward below highest':>25}\n"
           f"{'':22}{'rate':>9}{'ref':>7}{'BoN':>7}{'by aim':>11}{'by training':>14}"
@@ -374,9 +374,8 @@ def print_comparison(groups: Groups, ns: list[int]) -> None:
         if beta is not None:
             cells += f"  beta={beta:g}"
         print(f"{title(method, n):15} N={n:<4}{cells}".rstrip())
-    print("\nThe highest: what the best of all policies with the same KL to the reference has. "
-          "Blank:\ntoo few effective samples to tell. By training: what training left undone, and "
-          "chance.")
+    print("\nThe highest: the best of all policies with the same KL to the reference. Blank: too few"
+          "\neffective samples. By training: what training left undone, and chance.")
     for n in ns:
         rivals = {key: rows for key, rows in trained.items() if key[0] == n}
         if len(rivals) > 1:
@@ -391,11 +390,11 @@ def print_comparison(groups: Groups, ns: list[int]) -> None:
 
 
 def print_verdict(n: int, rivals: Groups) -> None:
-    """Who is nearest to best-of-N, and who has most reward at its own KL."""
+    """Print who is nearest to best-of-N, and who has most reward and wins at its own KL."""
     print(f"\nN = {n}, from best to worst; * means: within the errors of the best")
-    for name, question in (("kl_bon", "KL to best-of-N"),
-                           ("below_reward", "reward below the highest at its KL"),
-                           ("below_win_rate", "win rate below the highest at its KL")):
+    for name, heading in (("kl_bon", "KL to best-of-N"),
+                          ("below_reward", "reward below the highest at its KL"),
+                          ("below_win_rate", "win rate below the highest at its KL")):
         known = []
         for (_, method, beta), rows in rivals.items():
             found = mean_and_spread(rows, name)
@@ -406,7 +405,7 @@ def print_verdict(n: int, rivals: Groups) -> None:
         known.sort()
         if not known:
             continue
-        print(f"  {question}")
+        print(f"  {heading}")
         best, error, _ = known[0]
         for mean, spread, label in known:
             mark = "*" if mean - best <= math.hypot(spread, error) else " "
@@ -424,7 +423,7 @@ LINES = (("best-of-n", ".", "tab:blue", "best of 1, 2, 3, ..., in theory"),
 
 def plot_results(path: Path, rows: list[dict], ns: list[int], beta_given: bool, pool: Tensor
                  ) -> None:
-    """Win rate and reward against the KL to the reference: theory as lines, results as points."""
+    """Plot win rate and reward against the KL to the reference: theory (lines), results (points)."""
     pyplot = report.plain_pyplot()
     # Seeds have other texts and classifiers: each has its own zero of the reward.
     own = {row["seed"]: row["reward"] for row in rows if row["method"] == "ref"}
@@ -452,7 +451,7 @@ def plot_results(path: Path, rows: list[dict], ns: list[int], beta_given: bool, 
                               mfc="none", capsize=2, lw=1, label=label)
                 label = None                            # one entry in the legend for each method
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set(xlabel="KL to the reference, nats per answer")
+        axes.set(xlabel="KL to the reference, nats per response")
     planes[0].set(ylabel="win rate over the reference", title="What best-of-N aims for")
     for n in ns:
         planes[0].annotate(f"N = {n}", vbon.bon_attains(pool, n), (-10, 8), ha="right",
@@ -464,7 +463,7 @@ def plot_results(path: Path, rows: list[dict], ns: list[int], beta_given: bool, 
 # --------------------------------------------------------------------------------- the command line
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line. A wrong one ends the program with status 2 and one line."""
+    """Return the arguments of the command line. Raises UnusableInput for wrong ones."""
     parser = options.make_parser(__doc__, several=True)
     parser.add_argument("--method", nargs="+", choices=TRAINED, default=list(TRAINED),
                         metavar="METHOD", help=f"What to train: {', '.join(TRAINED)}. "
@@ -481,7 +480,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace, n: int, settings: train.Settings) -> None:
-    """The rules of train.py, and those of the other methods."""
+    """Raise UnusableInput for values that do not fit text, model or methods."""
     check_settings(settings, args, n)
     for method in methods.FROM_WINNERS:
         if method in args.method and n > settings.samples.m:

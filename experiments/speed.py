@@ -3,8 +3,8 @@
     pip install transformers trl
     python -m experiments.speed
 
-All on the CPU, in turn on one machine, medians of 5. It prints the versions, and how many times as
-long as its bare arithmetic `python train.py --n 4` takes.
+All on the CPU, in turn on one machine, medians of 5. It also prints the versions, and how the time
+of `python train.py --n 4` compares with that of its matrix products alone.
 """
 import argparse
 import importlib.metadata
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Three tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="Only to see that it runs.")
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Python {platform.python_version()}, {', '.join(versions)}; {torch.get_num_threads()} "
           f"threads; a float32 product runs at {peak / 1e9:.0f} GFLOP/s")
 
-    print(f"\n{'drawing responses of 24 tokens':36}{'generate':>21}{'ours':>21}{'times':>7}")
+    print(f"\n{'sampling responses of 24 tokens':36}{'generate':>21}{'ours':>21}{'times':>7}")
     for layers, width, heads, vocab, responses in sizes:
         theirs, ours = time_sampling(layers, width, heads, vocab, responses, repeats)
         name = f"{layers} layers of width {width}, {responses} at a time"
@@ -69,24 +69,24 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(run: Callable[[], object]) -> float:
-    """How many seconds it takes."""
+    """Return the seconds that a call takes."""
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
 
 
 def spread(seconds: list[float]) -> str:
-    """Median, and from the fastest to the slowest."""
+    """Format the median, the fastest and the slowest."""
     return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f}-{max(seconds):.2f})"
 
 
 def ratio(theirs: list[float], ours: list[float]) -> float:
-    """How many times as fast we are, by the medians."""
+    """Return how many times as fast ours is, by the medians."""
     return statistics.median(theirs) / statistics.median(ours)
 
 
 def matmul_peak() -> float:
-    """Operations per second of a product of two large matrices, the best of several."""
+    """Return the operations per second of a large matrix product, the best of several."""
     x = torch.randn(2048, 2048)
     return 2 * 2048 ** 3 / min(measure(lambda: x @ x) for _ in range(20))
 
@@ -94,7 +94,7 @@ def matmul_peak() -> float:
 
 def time_sampling(layers: int, width: int, heads: int, vocab: int, responses: int, repeats: int
                   ) -> tuple[list[float], list[float]]:
-    """Seconds of generate and of our `sample`, in turn, with the same random weights."""
+    """Return seconds of generate and of our `sample`, in turn, with the same random weights."""
     from transformers import AutoModelForCausalLM
     generator = torch.Generator().manual_seed(0)
     room = TEXT.prompt_tokens + TEXT.length
@@ -107,7 +107,7 @@ def time_sampling(layers: int, width: int, heads: int, vocab: int, responses: in
     rows = prompt.repeat_interleave(TUNING.k, 0)
 
     def theirs() -> Tensor:
-        # the full softmax at temperature 1: what our `sample` draws from
+        # the full softmax at temperature 1, as in our `sample`
         return other.generate(rows, attention_mask=torch.ones_like(rows), do_sample=True, top_k=0,
                               top_p=1.0, temperature=1.0, max_new_tokens=TEXT.length,
                               pad_token_id=model.eot)
@@ -115,14 +115,16 @@ def time_sampling(layers: int, width: int, heads: int, vocab: int, responses: in
     def ours() -> tuple[Tensor, Tensor]:
         return model.sample(prompt, TUNING.k, TEXT.length, generator)
 
-    theirs(), ours()                                    # the first call prepares things
+    # the first call includes preparations
+    theirs()
+    ours()
     seconds = [(measure(theirs), measure(ours)) for _ in range(repeats)]
     return [pair[0] for pair in seconds], [pair[1] for pair in seconds]
 
 # ------------------------------------------------------------------------------------ beside TRL
 
 def small_world() -> tuple:
-    """Tokenizer, model and 64 prompts of the main job; the model is not trained."""
+    """Return tokenizer, model and 64 prompts of the main job; the model is not trained."""
     texts = [text for text, _ in builtin_reviews(TEXT.reviews, 0)]
     encoding = train_tokenizer(texts[:2000], TEXT.vocab)
     room = TEXT.prompt_tokens + TEXT.length
@@ -154,7 +156,8 @@ def time_our_update(repeats: int) -> list[float]:
 
 
 def time_rloo(folder: Path, repeats: int) -> list[float]:
-    """Seconds of a step of TRL's RLOOTrainer: the same model, prompts and sizes, all weights."""
+    """Return the seconds of TRL's RLOOTrainer for a step: the same model, prompts and sizes, but
+    all weights are trained."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import RLOOConfig, RLOOTrainer
@@ -181,13 +184,13 @@ def time_rloo(folder: Path, repeats: int) -> list[float]:
         args=config, train_dataset=Dataset.from_dict({"prompt": texts}),
         processing_class=AutoTokenizer.from_pretrained(folder), callbacks=[Clock()])
     trainer.train()
-    # from one beginning to the next; the first step prepares things
+    # from the start of a step to the next start; the first step includes preparations
     return [after - before for before, after in zip(began[1:], began[2:])]
 
 # ----------------------------------------------------------------------------------- the main job
 
 def time_main_job(quick: bool) -> float:
-    """Seconds of `python train.py --n 4`, in an empty folder."""
+    """Return the seconds of `python train.py --n 4`, in an empty folder."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / "train.py", "--n", "4"] + ["--quick"] * quick
         return measure(lambda: subprocess.run(command, cwd=folder, env=os.environ, check=True,
@@ -195,9 +198,9 @@ def time_main_job(quick: bool) -> float:
 
 
 def main_job_operations() -> int:
-    """Operations of its matrix products, if all responses had their full length.
+    """Return the operations of its matrix products, if all responses had the full length.
 
-    A weight takes 2 operations for each token that goes forward, and 4 when it goes backward.
+    A weight takes 2 operations for each token in a forward pass, and 4 in a backward pass.
     """
     settings = train.Settings()
     text = settings.text

@@ -1,13 +1,13 @@
-"""studies.py: three questions that need no training, and what an update costs.
+"""studies.py: three questions that need no training, and the cost of an update.
 
     python -m experiments.studies --n 4                     the three questions
     python -m experiments.studies --cost 2 64 2 768         layers, width, heads, tokens of a GPT
 
-1. What does another scale of the reward do?   2. How far is the bound (3) from the exact form (2)?
-3. What does the number M of reference samples do?
+1. How does the scale of the reward matter?   2. How far is the bound (3) from the exact form (2)?
+3. How does the number M of reference samples matter?
 
 Run it from the folder of train.py. It uses and fills the same cache. For question 3 it also shows
-the policies of earlier runs of train.py with other --m, as results.jsonl in --out has them.
+the policies of earlier runs of train.py with other --m, from results.jsonl in --out.
 """
 import argparse
 import copy
@@ -31,7 +31,7 @@ from support.settings import check_settings, choose_settings
 # ------------------------------------------------------------------------------------- the main job
 
 def main(argv: list[str] | None = None) -> None:
-    """The three questions, for one N and one seed."""
+    """Print the answers to the three questions, for one N and one seed."""
     args = parse_arguments(argv)
     if args.cost is not None:
         print_cost(*args.cost)
@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
 # ---------------------------------------------------------------------- 1. the scale of the reward
 
 def study_scale(world: train.World, n: int, beta: float) -> None:
-    """Increasing transforms of the reward leave vBoN's target as it is, and change KL-RL's."""
-    # an increasing function in theory may still make two numbers one; float64 leaves room
+    """Show that increasing transforms of the reward do not change vBoN's target, but KL-RL's."""
+    # in floating point, an increasing function may map two numbers to one; float64 avoids this
     ref_logprob = world.candidates.logprob
     reward = world.candidates.reward.double()
     refs = world.held_out.reward.double()
@@ -71,7 +71,7 @@ def study_scale(world: train.World, n: int, beta: float) -> None:
         "r³": lambda r: r ** 3,
         "the top 3 % raised by 20": lambda r: r + 20 * (r > top),
     }
-    print(f"\n1. What does another scale of the reward do?\n\n"
+    print(f"\n1. How does the scale of the reward matter?\n\n"
           f"{'largest change of a log target':31}{'vBoN':>8}{'KL-RL':>8}"
           f"{f'optimum of KL-RL, beta={beta:g}: win':>36}{'KL':>8}")
     for name, transform in transforms.items():
@@ -85,7 +85,7 @@ def study_scale(world: train.World, n: int, beta: float) -> None:
         change = (new_reward - reward) / beta
         change = change - change.mean(1, keepdim=True)
         optimum = theory.tilt(new_refs / beta, new_refs)
-        cells = f"{'too few effective samples to tell':>44}"
+        cells = f"{'too few effective samples':>44}"
         if optimum["ess"] >= theory.MIN_SIZE:
             cells = f"{optimum['win_rate']:36.3f}{optimum['kl_ref']:8.3f}"
         print(f"  {name:29}{vbon_change:8.3g}{change.abs().max().item():8.3g}{cells}")
@@ -93,7 +93,7 @@ def study_scale(world: train.World, n: int, beta: float) -> None:
 
 def check_same_ranks(name: str, reward: Tensor, refs: Tensor, new_reward: Tensor, new_refs: Tensor
                      ) -> None:
-    """A transform that makes two rewards equal, in floating point, would spoil the question."""
+    """Raise UnusableInput if a transform maps two rewards to one, in floating point."""
     old_lt, old_le = theory.cdf_interval(reward, refs)
     new_lt, new_le = theory.cdf_interval(new_reward, new_refs)
     if not torch.equal(old_lt, new_lt) or not torch.equal(old_le, new_le):
@@ -105,7 +105,7 @@ EDGES = (0, -8, -12, -16, -20, -24, -math.inf)          # of log π_ref(y), in n
 
 
 def study_bound(world: train.World, n: int) -> None:
-    """How far (2) is above its bound (3), by how probable a response is under the reference."""
+    """Print how far (2) is above its bound (3), by log π_ref(y)."""
     log_cdf = vbon.empirical_cdf(world.candidates.reward, world.held_out.reward).log()
     ref_logprob = world.candidates.logprob.double()
     exact = vbon.bon_logprob(ref_logprob, log_cdf, n)
@@ -124,17 +124,17 @@ MS = (16, 32, 64, 128, 256, 512)
 
 
 def error_of_cdf(m: int, repeats: int = 4000) -> dict[str, float]:
-    """What M reference rewards leave unknown of F; the same for every continuous reward.
+    """Return the error of F from M reference rewards; it is the same for every continuous reward.
 
-    Such a reward may as well be its own CDF: uniform from 0 to 1. Returns the root mean square
-    error of log F at responses of the reference, and the mean and the 95 % quantile of the largest
-    error of F at any reward, with the bound that theory has for this quantile (DKW inequality).
+    So we take a reward that is its own CDF: uniform on [0, 1]. The result has the root mean square
+    error of log F at responses of the reference; the mean and the 95 % quantile of the largest
+    error of F at any reward; and the bound on this quantile (DKW inequality).
     """
     generator = torch.Generator().manual_seed(m)
     refs = torch.rand(repeats, m, generator=generator).double()
     reward = torch.rand(repeats, 32, generator=generator).double()
     log_error = vbon.empirical_cdf(reward, refs).log() - reward.log()
-    # The estimate is a staircase: the error is largest just at one of the M steps, or just above.
+    # The estimate is a step function: the error is largest at one of the M steps, or just above.
     steps = refs.sort(-1).values
     at = vbon.empirical_cdf(steps, refs)
     above = at + 1 / (m + 1)
@@ -149,7 +149,7 @@ def error_of_cdf(m: int, repeats: int = 4000) -> dict[str, float]:
 
 
 def find_other_m(rows: list[dict], n: int, made_by: dict) -> dict[int, list[dict]]:
-    """vBoN's rows of earlier runs that differ from this one in M and seed alone: M -> rows."""
+    """Return vBoN's rows of earlier runs that differ only in M and seed: M -> rows."""
     found = {}
     for row in rows:
         same = all(row.get(name) == value for name, value in made_by.items() if name != "m")
@@ -159,8 +159,8 @@ def find_other_m(rows: list[dict], n: int, made_by: dict) -> dict[int, list[dict
 
 
 def print_study_of_m(errors: list[dict], trained: dict[int, list[dict]], n: int) -> None:
-    """The errors of F for each M, and how far the policies came that were trained with it."""
-    print(f"\n3. What does M do?\n\n{'M':>5}{'RMSE of':>10}{'largest error of F':>24}"
+    """Print the errors of F for each M, and the results of policies trained with it."""
+    print(f"\n3. How does M matter?\n\n{'M':>5}{'RMSE of':>10}{'largest error of F':>24}"
           f"{'bound':>8}{f'vBoN, N = {n}':>19}\n"
           f"{'':5}{'log F':>10}{'mean':>14}{'95 %':>10}{'(DKW)':>8}{'win rate':>16}"
           f"{'KL to BoN':>15}{'seeds':>7}")
@@ -176,7 +176,7 @@ def print_study_of_m(errors: list[dict], trained: dict[int, list[dict]], n: int)
 
 
 def plot_study_of_m(path: Path, errors: list[dict], trained: dict[int, list[dict]], n: int) -> None:
-    """The errors of F and of log F against M, and the KL to best-of-N of what was trained."""
+    """Plot the errors of F and log F against M, and the KL to best-of-N of trained policies."""
     pyplot = report.plain_pyplot()
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     left.loglog(MS, [error["dkw"] for error in errors], "k:", label="bound of the 95 % (DKW)")
@@ -196,18 +196,18 @@ def plot_study_of_m(path: Path, errors: list[dict], trained: dict[int, list[dict
     if not trained:
         right.text(90, 0.5, "no results in --out", ha="center")
     for axes in (left, middle, right):
-        axes.set(xlabel="M, reference samples to a prompt")
+        axes.set(xlabel="M, reference samples for each prompt")
         axes.minorticks_off()
         axes.set_xticks(MS, MS)
         axes.spines[["top", "right"]].set_visible(False)
     report.save_figure(figure, path)
 
-# ---------------------------------------------------------------------------- what an update costs
+# ---------------------------------------------------------------------------- the cost of an update
 
 def print_cost(layers: int, width: int, heads: int, tokens: int) -> None:
     """Time one update of 64 x 8 responses of 24 tokens on the CPU, and print the memory.
 
-    The GPT has random weights. The least of three times counts: other programs only add to it.
+    The GPT has random weights. The smallest of three times counts: other programs only add to it.
     """
     found = cost(layers, width, heads, tokens)
     print(f"{found['weights'] / 1e6:.2f} M weights: {found['seconds']:.2f} s an update, "
@@ -216,10 +216,10 @@ def print_cost(layers: int, width: int, heads: int, tokens: int) -> None:
 
 
 def cost(layers: int, width: int, heads: int, tokens: int, updates: int = 3) -> dict[str, float]:
-    """weights, seconds and flops (operations) of an update, memory (bytes) of the process at most.
+    """Return weights, seconds and flops (operations) of an update, and the peak memory in bytes.
 
-    Each response token is drawn, scored by reference and policy, and goes backward through the
-    policy: 2 + 2 + 2 + 4 operations for each weight.
+    Each token of a response is sampled, scored by reference and policy, and goes backward through
+    the policy: 2 + 2 + 2 + 4 operations for each weight.
     """
     import resource                                     # here, since Windows does not have it
     s = train.Settings()
@@ -243,7 +243,7 @@ def cost(layers: int, width: int, heads: int, tokens: int, updates: int = 3) -> 
         seconds.append(time.time() - began)
     weights = 0
     for name, p in reference.named_parameters():
-        # looking up an embedding is no multiplication
+        # looking up an embedding is not a multiplication
         if name not in ("wte.weight", "wpe.weight"):
             weights += p.numel()
     responses = s.tuning.batch * s.tuning.k
@@ -256,13 +256,13 @@ def cost(layers: int, width: int, heads: int, tokens: int, updates: int = 3) -> 
 
 
 def any_reward(prompt: Tensor, response: Tensor) -> Tensor:  # (P, T), (P, K, L) -> (P, K)
-    """Some reward that costs nothing: the mean of the token ids modulo 7."""
+    """Return a reward that costs nothing: the mean of the token ids modulo 7."""
     return (response % 7).double().mean(-1)
 
 # --------------------------------------------------------------------------------- the command line
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line. A wrong one ends the program with status 2 and one line."""
+    """Return the arguments of the command line. Raises UnusableInput for wrong ones."""
     parser = options.make_parser(__doc__)
     parser.add_argument("--beta", type=float, help="The beta of KL-RL in question 1. Default: the "
                         "one whose optimum is as far from the reference as best-of-N.")
@@ -273,14 +273,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.beta is not None and not 1e-6 <= args.beta <= 1e6:
         raise UnusableInput(f"--beta {args.beta:g}: want a number from 1e-6 to 1e6")
     if args.sample is not None:
-        raise UnusableInput("--sample: these questions train nothing that could answer")
+        raise UnusableInput("--sample: these studies train no policy")
     if args.cost is not None:
         check_cost(*args.cost)
     return args
 
 
 def check_cost(layers: int, width: int, heads: int, tokens: int) -> None:
-    """The sizes of a GPT."""
+    """Raise UnusableInput for sizes that no GPT has."""
     if min(layers, width, heads) < 1 or tokens < 2:
         raise UnusableInput("--cost: want four numbers above 0, and at least 2 tokens")
     if width % heads != 0:

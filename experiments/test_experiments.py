@@ -86,7 +86,7 @@ def test_winner_weights_are_stable_for_many_responses():
 
 
 def test_winners_are_distributed_as_the_best_of_fresh_responses():
-    """The mean over many sets of M rewards: 4/5, where drawing with replacement gives .795."""
+    """The mean over many sets of M rewards: 4/5, where sampling with replacement gives .795."""
     rewards = torch.rand(40_000, 16, generator=torch.Generator().manual_seed(0)).double()
     mean = (theory.winner_weights(rewards, 4) * rewards).sum(-1).mean().item()
     assert mean == pytest.approx(0.8, abs=0.003)
@@ -96,8 +96,8 @@ def test_drawn_winners_follow_their_weights():
     response = torch.arange(6).view(1, 6, 1)
     generator = torch.Generator().manual_seed(1)
     batch = train.Batch(0, None, response, TIED[:1])
-    drawn = methods.sample_winners(batch, 2, 40_000, generator)
-    frequency = drawn.flatten().bincount(minlength=6) / 40_000
+    sampled = methods.sample_winners(batch, 2, 40_000, generator)
+    frequency = sampled.flatten().bincount(minlength=6) / 40_000
     assert torch.allclose(frequency.double(), theory.winner_weights(TIED[:1], 2)[0], atol=0.01)
 
 
@@ -225,10 +225,10 @@ def test_soft_best_of_n_is_brute_force(n):
     """Six equally likely responses; all (n-1)-tuples of them are the rivals."""
     reward = TIED[:1]
     truth = torch.zeros(6).double()
-    for draws in itertools.product(range(6), repeat=n):
-        draws = torch.tensor(draws)
-        chance = (reward[0, draws] / 0.7).softmax(0)
-        truth.index_add_(0, draws, chance / 6 ** n)
+    for indices in itertools.product(range(6), repeat=n):
+        y = torch.tensor(indices)
+        chance = (reward[0, y] / 0.7).softmax(0)
+        truth.index_add_(0, y, chance / 6 ** n)
     rivals = list(itertools.product(reward[0].tolist(), repeat=max(1, n - 1)))
     rivals = torch.tensor(rivals).double().view(1, -1)
     ref_logprob = torch.full((1, 6), 1 / 6).log()
@@ -238,8 +238,8 @@ def test_soft_best_of_n_is_brute_force(n):
 
 def test_soft_best_of_n_draws_by_its_weights():
     reward = TIED[:1].repeat(20_000, 1)
-    drawn = methods.soft_best_of_n(reward, 0.7, torch.Generator().manual_seed(0))
-    frequency = drawn.bincount(minlength=6) / 20_000
+    sampled = methods.soft_best_of_n(reward, 0.7, torch.Generator().manual_seed(0))
+    frequency = sampled.bincount(minlength=6) / 20_000
     assert torch.allclose(frequency.double(), (TIED[0] / 0.7).softmax(0), atol=0.015)
 
 # ------------------------------------------------------------ training, on a world of 40 responses
@@ -415,7 +415,8 @@ def test_half_of_the_responses_of_bond_are_winners(monkeypatch):
     monkeypatch.setattr(policy, "logprob",
                         lambda x, y: scored.append(y.shape[1]) or logprob(x, y))
     batch = train.Batch(0, prompt, cached, world_reward(prompt, cached))
-    methods.bond_gradient(policy, reference, world_reward, batch, 2, train.TuningSettings(k=5, length=3),
+    settings = train.TuningSettings(k=5, length=3)
+    methods.bond_gradient(policy, reference, world_reward, batch, 2, settings,
                           torch.Generator().manual_seed(0))
     assert scored == [2, 3]                             # winners, then its own
 

@@ -1,4 +1,4 @@
-"""A model of transformers behind the two methods: exact probabilities, and the three calls of an update at work."""
+"""A model of transformers behind the two methods: exact probabilities, and updates."""
 import itertools
 
 import pytest
@@ -24,7 +24,7 @@ def small_llama():
 
 
 def all_responses():
-    """(1, 40, 3): all strings that end with their first 3, or have none; filled with 3."""
+    """(1, 40, 3): all strings that end with their first 3, or have none; padded with 3."""
     ended = (STRINGS == 3).cumsum(-1) > 0
     return STRINGS.masked_fill(ended, 3).unique(dim=0)[None]
 
@@ -48,8 +48,8 @@ def test_it_samples_from_the_distribution_of_its_logprobs():
     with torch.no_grad():
         p = model.logprob(PROMPT, all_responses())[0].exp()
     assert p.sum().item() == pytest.approx(1, abs=1e-5)
-    drawn, logprob = model.sample(PROMPT, 20_000, 3, torch.Generator().manual_seed(0))
-    index = (drawn[0][:, None] == all_responses()[0][None]).all(-1).int().argmax(-1)
+    sampled, logprob = model.sample(PROMPT, 20_000, 3, torch.Generator().manual_seed(0))
+    index = (sampled[0][:, None] == all_responses()[0][None]).all(-1).int().argmax(-1)
     share = index.bincount(minlength=len(p)) / 20_000
     assert (share - p).abs().max() < 0.01
     assert torch.allclose(logprob[0].exp(), p[index], atol=1e-5)

@@ -1,16 +1,15 @@
-"""What each method aims at, without any training: from M reference rewards of each prompt alone.
+"""The aim of each method, computed without training, from M reference rewards of each prompt.
 
-A policy that gives a response exp(score) times the probability it has under the reference, up to a
-constant, is a tilt of the reference. All methods here aim at a tilt. What a tilt attains can be
-estimated from samples of the reference: by their mean, with exp(score) as weights.
+A policy π ∝ π_ref · exp(score) is a tilt of the reference. All methods here aim at a tilt. Its
+reward, win rate and KL are estimated from samples of the reference, with exp(score) as weights.
 
-    score                  what the tilt is
-    t · win rate of y      the highest win rate of all policies that are as far from the reference
-    reward of y / β        the highest reward of all of them; what KL-regularised RL aims at
-    (N-1) · log F          what the bound (3) aims at
+    score                  the tilt
+    t · win rate of y      has the highest win rate of all policies with its KL to the reference
+    reward of y / β        has the highest reward of these; the aim of KL-regularised RL
+    (N-1) · log F          the aim of the bound (3)
 
-The weights make some samples count much more than others. The effective sample size, 1 / Σ weight²,
-says how many samples of equal weight would be as good. Where it is below 16, nothing is told.
+Some weights are much larger than others. The effective sample size, 1 / Σ weight², is the number of
+equally weighted samples with the same error. Below 16 no estimate is shown.
 """
 import math
 
@@ -49,42 +48,42 @@ def cdf_interval(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bon_expected_reward(ref_rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P,)
-    """The expected reward of best-of-n, for every n up to M from the same M rewards, unbiased.
+    """Return the expected reward of best-of-n, unbiased, for any n up to M.
 
     It is the mean of the best reward over all sets of n of the M responses. With n = 2, rewards
     1, 2, 4 give (2 + 4 + 4) / 3. Raises ValueError for n < 1, n > M, and unusable rewards.
     """
-    # only to be told what is wrong with the rewards, if anything is
+    # called only for its checks of the rewards
     vbon._count_less_and_equal(ref_rewards, ref_rewards)
     m = ref_rewards.shape[1]
     _check_n(n, m)
     ordered = ref_rewards.cpu().double().sort(-1).values
-    # The j-th lowest reward is the best of C(j-1, n-1) sets; for j < n of none.
+    # The j-th lowest reward is the best of C(j-1, n-1) sets, for j < n of none.
     j = torch.arange(n, m + 1).double()
-    log_sets = torch.lgamma(j) - torch.lgamma(j - n + 1)        # + what is the same for all j
+    log_sets = torch.lgamma(j) - torch.lgamma(j - n + 1)        # up to a constant
     weight = log_sets.softmax(0)
     return (ordered[:, n - 1:] * weight).sum(-1)
 
 
 def winner_weights(rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P, M)
-    """How probable it is that each of M responses is the best of n *different* ones of them.
+    """Return the probability that each of M responses is the best of n *different* ones of them.
 
-    A response that shares its reward with others has an equal part in their chance. With n = 2,
-    rewards 1, 2, 2 give 0, 1/2, 1/2. Drawn by these weights, a response is distributed as the best
-    of n fresh ones, exactly. Drawing with replacement would let a response compete with itself.
-    Raises ValueError for n < 1, n > M, and unusable rewards.
+    Responses with the same reward share their probability equally. With n = 2, rewards 1, 2, 2 give
+    0, 1/2, 1/2. A response sampled with these weights is distributed exactly as the best of n new
+    ones. Sampling with replacement would let a response compete with itself. Raises ValueError for
+    n < 1, n > M, and unusable rewards.
     """
     less, equal = vbon._count_less_and_equal(rewards, rewards)
     m = rewards.shape[1]
     _check_n(n, m)
-    # the share of all sets of n whose best response has at most, or less than, this reward
+    # the share of sets of n whose best response has at most, or less than, this reward
     at_most = _share_of_sets(less + equal, n, m)
     below = _share_of_sets(less, n, m)
     return (at_most - below) / equal
 
 
 def _share_of_sets(count: Tensor, n: int, m: int) -> Tensor:
-    """C(count, n) / C(m, n), for counts that need not reach n."""
+    """Return C(count, n) / C(m, n), which is 0 for counts below n."""
     enough = count.clamp(min=n)
     log_count = torch.lgamma(enough + 1) - torch.lgamma(enough - n + 1)
     log_all = math.lgamma(m + 1) - math.lgamma(m - n + 1)
@@ -98,32 +97,32 @@ def _check_n(n: int, m: int) -> None:
 # -------------------------------------------------------------------------------- what tilts attain
 
 def tilt(score: Tensor, ref_rewards: Tensor) -> dict[str, float]:  # (P, M), (P, M)
-    """What the tilt of the reference by exp(score) attains, as means over the prompts.
+    """Return what the tilt of the reference by exp(score) attains, as means over the prompts.
 
-    Returns reward, win_rate, kl_ref in nats, and ess, the effective sample size. A score of 0
-    gives the reference itself: win rate 1/2, KL 0, and M effective samples.
+    That is reward, win_rate, kl_ref in nats, and ess, the effective sample size. A score of 0 gives
+    the reference itself: win rate 1/2, KL 0, and M effective samples.
     """
     weight = score.cpu().double().softmax(-1)
     return _attained(weight, ref_rewards)
 
 
 def best_of_n(n: int, ref_rewards: Tensor) -> dict[str, float]:
-    """What best-of-n attains, under the same names; win rate and KL are vbon.bon_attains'."""
+    """Return what best-of-n attains, under the same names; win rate and KL as vbon.bon_attains."""
     found = _attained(bon_weights(n, ref_rewards), ref_rewards)
-    # this mean of the reward lets a response compete with itself; the following one does not
+    # in this mean a response competes with itself; in the following one it does not
     found["reward"] = bon_expected_reward(ref_rewards, n).mean().item()
     return found
 
 
 def bon_weights(n: int, ref_rewards: Tensor) -> Tensor:  # (P, M) -> (P, M)
-    """How often best-of-n returns each of the M responses, if they were all there are."""
+    """Return how often best-of-n returns each of the M responses, if there were no others."""
     less, equal = vbon._count_less_and_equal(ref_rewards, ref_rewards)
     m = ref_rewards.shape[1]
     return (((less + equal) / m) ** n - (less / m) ** n) / equal
 
 
 def _attained(weight: Tensor, ref_rewards: Tensor) -> dict[str, float]:
-    """Means over responses with these weights (P, M), which add up to 1 for each prompt."""
+    """Return means over responses with the weights (P, M), which sum to 1 for each prompt."""
     rewards = ref_rewards.cpu().double()
     wins = vbon.win_rate(rewards, rewards)
     return {
@@ -135,20 +134,20 @@ def _attained(weight: Tensor, ref_rewards: Tensor) -> dict[str, float]:
 
 
 def _kl(weight: Tensor) -> float:
-    """The KL to the reference, which gives each of the M responses 1/M."""
+    """Return the KL to the reference, which has the weight 1/M for each of the M responses."""
     ratio = weight * weight.shape[1]
     return torch.xlogy(ratio, ratio).mean().item()
 
 
 def _size(weight: Tensor) -> float:
-    """The effective sample size, as a mean over the prompts."""
+    """Return the effective sample size, as a mean over the prompts."""
     return (1 / weight.square().sum(-1)).mean().item()
 
 
 def strength(kl: float, values: Tensor) -> float:  # (P, M)
-    """The t for which the tilt by exp(t · values) has this KL to the reference; inf if none has.
+    """Return the t for which the tilt by exp(t · values) has this KL to the reference, or inf.
 
-    The KL grows with t. So t is found by bisection, to 12 digits.
+    The KL grows with t, so t is found by bisection, to 12 digits.
     """
     values = _from_the_top(values)
     low = 0.0
@@ -170,8 +169,10 @@ def strength(kl: float, values: Tensor) -> float:  # (P, M)
 
 
 def _kl_of_tilt(t: float, values: Tensor) -> float:
-    """The mean KL of the tilt by exp(t · values): t times the mean value, minus log of the mean of
-    exp(t · values) under the reference."""
+    """Return the KL of the tilt by exp(t · values), as a mean over the prompts.
+
+    It is t times the mean value, minus the log of the mean of exp(t · values) under the reference.
+    """
     weight = (t * values).exp()
     total = weight.sum(-1)
     mean = (weight * values).sum(-1) / total
@@ -179,19 +180,19 @@ def _kl_of_tilt(t: float, values: Tensor) -> float:
     return kl.mean().item()
 
 
-LARGEST = 2.0 ** 60                     # a t that leaves no chance to all but the best responses
+LARGEST = 2.0 ** 60                     # a t with which only the best responses have a probability
 
 
 def _from_the_top(values: Tensor) -> Tensor:
-    """How far each value is below the best one of its prompt: the same tilt, and no overflow."""
+    """Subtract the largest value of each prompt: the tilt is the same, without overflow."""
     values = values.cpu().double()
     return values - values.max(-1, keepdim=True).values
 
 
 def highest(plane: str, kl: float, ref_rewards: Tensor) -> float | None:
-    """The highest "win_rate" or "reward" that any policy can have at this KL to the reference.
+    """Return the highest "win_rate" or "reward" of all policies with this KL to the reference.
 
-    Returns None where fewer than 16 effective samples are left: so far out, M rewards do not tell.
+    None if fewer than 16 effective samples are left: M rewards are too few that far away.
     """
     weight = highest_weights(plane, kl, ref_rewards)
     if weight is None:
@@ -200,22 +201,23 @@ def highest(plane: str, kl: float, ref_rewards: Tensor) -> float | None:
 
 
 def highest_weights(plane: str, kl: float, ref_rewards: Tensor) -> Tensor | None:
-    """The policy that is the highest at this KL, as weights (P, M) of the M responses."""
+    """Return the policy that is the highest at this KL, as weights (P, M) of the M responses."""
     rewards = ref_rewards.cpu().double()
     values = rewards
     if plane == "win_rate":
         values = vbon.win_rate(rewards, rewards)
-    # If no tilt is so far away, then the one that keeps only the best responses is the highest:
-    # the rest of the KL brings nothing.
+    # If no tilt is that far away, the tilt that keeps only the best responses is the highest: the
+    # rest of the KL brings nothing.
     t = min(strength(kl, values), LARGEST)
     weight = (t * _from_the_top(values)).softmax(-1)
     return weight if _size(weight) >= MIN_SIZE else None
 
 
 def find_beta(ref_rewards: Tensor, n: int) -> float:  # (P, M)
-    """The β of KL-regularised RL whose optimum is as far from the reference as best-of-n.
+    """Return the β, to three digits, for which the optimum of KL-regularised RL has the KL to the
+    reference of best-of-n.
 
-    Three digits. Raises UnusableInput where there is none, or too few effective samples to tell.
+    Raises UnusableInput if there is none, or if too few effective samples are left.
     """
     kl, _ = vbon.bon_attains(ref_rewards, n)
     t = strength(kl, ref_rewards)
@@ -229,12 +231,13 @@ def find_beta(ref_rewards: Tensor, n: int) -> float:  # (P, M)
                             f"{MIN_SIZE}; give --beta")
     return float(f"{1 / t:.3g}")
 
-# ------------------------------------------------------------------------- what the methods aim at
+# ---------------------------------------------------------------------------- aims of the methods
 
 def aim(method: str, n: int, beta: float | None, ref_rewards: Tensor) -> dict[str, float] | None:
-    """What a policy attains that has reached the target of its method; None if M does not tell.
+    """Return what a policy attains that has reached the target of its method.
 
-    As `tilt`, and kl_bon, the KL of the target itself to best-of-n.
+    As `tilt`, and kl_bon, the KL of the target itself to best-of-n. None if fewer than 16 effective
+    samples are left.
     """
     log_bon = bon_weights(n, ref_rewards).log()
     if method == "bound":
@@ -254,9 +257,10 @@ def aim(method: str, n: int, beta: float | None, ref_rewards: Tensor) -> dict[st
 
 
 def curves(ref_rewards: Tensor) -> dict[str, list[dict[str, float]]]:
-    """Three curves, as lists of what `tilt` returns; each ends with the effective samples.
+    """Return three curves, as lists of results of `tilt`.
 
-    "best-of-n": n = 1, 2, 3, ... "win_rate", "reward": the highest one at a KL.
+    "best-of-n": n = 1, 2, 3, ... "win_rate", "reward": the highest one at each KL. Each curve ends
+    where fewer than 16 effective samples are left.
     """
     found = {"best-of-n": [], "win_rate": [], "reward": []}
     n = 1
@@ -265,7 +269,7 @@ def curves(ref_rewards: Tensor) -> dict[str, list[dict[str, float]]]:
         if point["ess"] < MIN_SIZE:
             break
         found["best-of-n"].append(point)
-        # from 6 on, every n would only make the drawing slow
+        # from 6 on not every n: it would only make plotting slow
         n = max(n + 1, round(1.2 * n))
     rewards = ref_rewards.cpu().double()
     wins = vbon.win_rate(rewards, rewards)

@@ -116,10 +116,12 @@ def plot_run(path: Path, rows: list[dict], rewards: list[Tensor], ref_rewards: T
     low = rewards[0].min().item() - 0.1
     high = rewards[0].max().item() + 0.1
     bins = torch.linspace(low, high, 50, dtype=torch.float64).tolist()
-    for row, reward, label, color in zip(rows, rewards, labels, colors):
+    # the means of best-of-n and vBoN may coincide: one line is above, the other below
+    spans = ((0, 1), (0.5, 1), (0, 0.5))
+    for row, reward, label, color, span in zip(rows, rewards, labels, colors, spans):
         left.hist(reward.flatten().tolist(), bins, density=True, histtype="step", lw=2, color=color,
                   label=label)
-        left.axvline(row["reward"], color=color, ls=":", lw=2)
+        left.axvline(row["reward"], *span, color=color, ls=":", lw=2)
     left.set(xlabel="reward of a response (dotted: mean)", ylabel="density",
              title="Rewards on held-out prompts")
     left.legend(frameon=False, loc="upper left")
@@ -129,18 +131,33 @@ def plot_run(path: Path, rows: list[dict], rewards: list[Tensor], ref_rewards: T
     curve = [vbon.bon_attains(ref_rewards, i) for i in range(1, 3 * n + 1)]
     right.plot([kl for kl, _ in curve], [win for _, win in curve], ".-", color="tab:blue", lw=1,
                label="best of 1, 2, 3, ..., in theory")
-    right.plot([step["kl_ref"] for step in history], [step["win_rate"] for step in history],
-               color="tab:red", lw=1, alpha=0.5, label="vBoN, update by update")
+    for i in sorted({max(1, n // 2), n, 2 * n}):
+        right.annotate(f"{i}", curve[i - 1], (-4, 8), textcoords="offset points", ha="right",
+                       color="tab:blue")
+    # single updates are noisy: the path is plotted as means of a dozen groups of them
+    kl = group_means([step["kl_ref"] for step in history])
+    win = group_means([step["win_rate"] for step in history])
+    right.plot(kl, win, ".-", color="tab:red", lw=1, alpha=0.5, label="vBoN during training")
     right.plot(policy["kl_ref"], policy["win_rate"], "D", color="tab:red", ms=7,
                label="vBoN, trained")
     right.plot(*curve[n - 1], "o", color="tab:blue", ms=10, mfc="none", mew=2, label=f"best of {n}")
     right.set(xlabel="KL to the reference, nats per response", ylabel="win rate over the reference",
               title="The policy's path during training",
-              xlim=(-0.03, 1.7 * curve[n - 1][0] + 0.1))
+              xlim=(-0.03, 2 * curve[n - 1][0] + 0.1))
     right.legend(frameon=False, loc="lower right")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)
+
+
+def group_means(values: list[float], groups: int = 12) -> list[float]:
+    """Return the means of consecutive groups of values, in order, and the first value before."""
+    size = max(1, len(values) // groups)
+    means = [values[0]]
+    for start in range(0, len(values), size):
+        group = values[start:start + size]
+        means.append(sum(group) / len(group))
+    return means
 
 
 def plain_pyplot():

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import model as model_file
-from model import GPT, LowRank, add_adapters, draw, lm_loss, merge_adapters, response_mask
+from model import (GPT, LowRank, add_adapters, lm_loss, merge_adapters, response_mask,
+                   sample_ids)
 
 CPU_ONLY = not torch.cuda.is_available()
 
@@ -101,10 +102,10 @@ def test_untying_keeps_the_function_and_parts_the_weights():
     assert torch.equal(model.wte.weight, embedding)
 
 
-def test_a_draw_is_one_of_the_tokens_even_where_rounding_says_the_next():
+def test_a_sampled_id_is_one_of_the_tokens_even_where_rounding_says_the_next():
     # half of the products of a uniform number and the smallest float are rounded up to it
     prob = torch.full((200, 1), 1e-45)
-    assert draw(prob, torch.Generator().manual_seed(0)).unique().tolist() == [0]
+    assert sample_ids(prob, torch.Generator().manual_seed(0)).unique().tolist() == [0]
 
 
 def test_new_weights_are_as_large_as_gpt2s():
@@ -145,8 +146,8 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count():
 def test_a_gpu_agrees_with_the_cpu():
     g = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, 19, (6, 3), generator=g)
-    drawn, there = small_gpt().cuda().sample(prompt.cuda(), 2000, 9, torch.Generator("cuda"))
-    here = small_gpt().logprob(prompt, drawn.cpu())
+    sampled, there = small_gpt().cuda().sample(prompt.cuda(), 2000, 9, torch.Generator("cuda"))
+    here = small_gpt().logprob(prompt, sampled.cpu())
     assert there.mean().item() == pytest.approx(here.mean().item(), abs=0.05)   # bfloat16
 
 # ----------------------------------------------------------------------------------------- adapters

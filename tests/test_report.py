@@ -71,8 +71,8 @@ def test_progress_is_one_line_in_a_terminal_and_four_in_a_file():
 
 
 def test_the_time_that_is_left_is_told(capsys):
-    report.show_progress("drawing", 1, 4, time.time() - 10)
-    assert capsys.readouterr().out == "  drawing 1/4  10 of 40 s\n"
+    report.show_progress("sampling", 1, 4, time.time() - 10)
+    assert capsys.readouterr().out == "  sampling 1/4  10 of 40 s\n"
 
 # -------------------------------------------------------------------------------------- the picture
 
@@ -86,13 +86,15 @@ def test_the_picture_shows_the_numbers_of_the_table(tmp_path, monkeypatch):
     history = [{"kl_ref": i / 30, "win_rate": 0.5 + i / 30} for i in range(5)]
     pyplot = report.plain_pyplot()
     figures = []
-    monkeypatch.setattr(pyplot, "close", figures.append)    # to look at it after it was drawn
+    monkeypatch.setattr(pyplot, "close", figures.append)    # to look at it after it was plotted
     report.plot_run(tmp_path / "a.png", rows, rewards, held_out, history)
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
     left, right = figures[0].axes
     # left: histograms of the rewards; their means, as in the table, are dotted lines
     assert [line.get_xdata()[0] for line in left.lines] == [0.0, 0.1, 0.2]
+    # where two coincide, both are visible
+    assert [line.get_ydata() for line in left.lines] == [[0, 1], [0.5, 1], [0, 0.5]]
     for patch, wanted in zip(left.patches, rewards):
         corners = patch.get_xy()
         area = 0.0
@@ -107,10 +109,21 @@ def test_the_picture_shows_the_numbers_of_the_table(tmp_path, monkeypatch):
     # right: theory, the policy's path, where it ended, and best of 4
     theory, path, end, four = [line.get_xydata().tolist() for line in right.lines]
     assert theory == [list(vbon.bon_attains(held_out, n)) for n in range(1, 13)]
-    assert path == [[i / 30, 0.5 + i / 30] for i in range(5)]
+    assert path == [[i / 30, 0.5 + i / 30] for i in (0, 0, 1, 2, 3, 4)]
+    assert [text.get_text() for text in right.texts] == ["2", "4", "8"]
+    assert [list(text.xy) for text in right.texts] == [theory[1], theory[3], theory[7]]
     assert end == [[0.1, 0.7]]
     assert four == [theory[3]]
     low, high = right.get_xlim()
-    assert low < 0 and theory[3][0] < high == pytest.approx(1.7 * theory[3][0] + 0.1)
+    assert low < 0 and theory[3][0] < high == pytest.approx(2 * theory[3][0] + 0.1)
     monkeypatch.undo()
     pyplot.close("all")
+
+
+def test_a_path_is_smoothed_by_the_means_of_a_dozen_groups():
+    assert report.group_means([5.0, 7.0]) == [5.0, 5.0, 7.0]
+    values = [float(i) for i in range(26)]
+    means = report.group_means(values)
+    assert means[:3] == [0.0, 0.5, 2.5]
+    assert means[-1] == 24.5
+    assert len(means) == 14

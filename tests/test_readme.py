@@ -1,0 +1,39 @@
+"""The README: its programs run, and it stays short enough to be read to its end."""
+import re
+
+import pytest
+from running import HERE
+
+import vbon
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_readme_stays_short():
+    assert len(README.splitlines()) <= 200
+    assert len(README.split()) <= 2400
+    assert max(len(line) for line in README.splitlines()) <= 140
+
+
+def test_a_program_of_ones_own_comes_near_best_of_4(finished_run, monkeypatch):
+    """With a reward that the barely trained model of a quick run can earn."""
+    program, = [text for text in PROGRAMS if "vbon.reinforce" in text]
+    short = "-(response != policy.eot).sum(-1)"
+    assert short in program
+    monkeypatch.chdir(finished_run)
+    names = {}
+    exec(program.replace(short, "(response % 7).double().mean(-1)"), names)
+    reward_fn = names["reward_fn"]
+    ref_rewards = reward_fn(names["prompt"], names["ref_response"])
+    response, _ = names["policy"].sample(names["prompt"], 200, 24, names["generator"])
+    wins = vbon.win_rate(reward_fn(names["prompt"], response), ref_rewards).mean().item()
+    assert 0.65 < wins < 0.9                            # best of 4: .8
+
+
+def test_transformers_samples_from_the_policy(finished_run, monkeypatch, capsys):
+    pytest.importorskip("transformers", reason="needs the transformers library")
+    program, = [text for text in PROGRAMS if "AutoTokenizer" in text]
+    monkeypatch.chdir(finished_run)
+    exec(program.replace("policy-n4", "policy-n2"), {})
+    assert capsys.readouterr().out.startswith("i watched this film")
