@@ -154,6 +154,10 @@ class GPT(nn.Module):
         then one token at a time.
         """
         end = start + tokens.shape[1]
+        if end > self.config["block_size"]:
+            raise ValueError(f"{end} tokens; this model has room for {self.config['block_size']}")
+        if start > 0 and tokens.shape[1] > 1:
+            raise ValueError("after the prompt, want one token at a time")
         x = self.wte(tokens) + self.wpe.weight[start:end]
         # On a GPU the blocks compute in bfloat16. Logits and log-probabilities stay in float32.
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
@@ -170,7 +174,7 @@ class GPT(nn.Module):
     # ----------------------------------------------------------------- what vBoN needs of a model
 
     @torch.no_grad()
-    @parametrize.cached()                            # compute W + B A once, not for each token
+    @parametrize.cached()             # of adapters (below), compute W + B A once, not for each token
     def sample(self, prompt: Tensor, k: int, length: int,
                generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Sample k responses to each prompt (P, T): token ids (P, k, length), and their
@@ -324,7 +328,10 @@ def add_adapters(model: nn.Module, rank: int, generator: torch.Generator) -> lis
     """Freeze the model, add an adapter to each linear layer, and return the adapters' parameters.
 
     Gradient noise perturbs every trained parameter and raises the KL, so we train only a few.
+    Raises ValueError for a model with a tied head: the adapter would be on one of two uses.
     """
+    if getattr(model, "config", {}).get("tied"):
+        raise ValueError("the head shares its weights with the embedding: call untie_head first")
     model.requires_grad_(False)
     trained = []
     for module in list(model.modules()):
@@ -339,7 +346,11 @@ def merge_adapters(model: nn.Module) -> None:
     """Replace each weight W by W + B A, and remove the adapters."""
     for module in list(model.modules()):
         if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+            weight = module.weight.detach().clone()
+            # remove_parametrizations would change the class, which copies of the model share
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            del module.parametrizations
+            module.weight = nn.Parameter(weight)
 
 # --------------------------------------------------------------------- the loss of a language model
 

@@ -2,8 +2,8 @@
 
 A reward is a function of prompts (P, T) and responses (P, K, L), as token ids. It returns a number
 for each response, (P, K). vBoN needs no gradient of it, and uses only how it ranks the responses.
-Here it is the logit of "positive" of a classifier. `--reward FILE.py` puts a function of yours in
-its place (support/own_reward.py).
+Here it is a classifier's logit for the label "positive". `--reward FILE.py` puts a function of
+yours in its place (support/own_reward.py).
 """
 import torch
 import torch.nn.functional as functional
@@ -28,7 +28,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.weight.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B,)
-        """Return the logit of "positive" of each text; texts are padded with end-of-text."""
+        """Return each text's logit for "positive"; texts are padded with end-of-text."""
         mask = response_mask(tokens, self.eot)
         weight = self.weight(tokens)[..., 0]            # (B, T)
         total = (weight * mask).sum(1)
@@ -46,8 +46,13 @@ class Classifier(nn.Module):
 
 def train_classifier(tokens: Tensor, labels: Tensor, vocab_size: int, epochs: int,
                      generator: torch.Generator) -> Classifier:
-    """Fit a classifier to texts (R, T), padded with end-of-text, and labels (R,), 0 or 1."""
-    model = Classifier(vocab_size)
+    """Fit a classifier to texts (R, T), padded with end-of-text, and labels (R,), 0 or 1.
+
+    All randomness comes from the generator, that of initial weights too, if there is any.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed())
+        model = Classifier(vocab_size)
     # weight decay keeps the weights of rare words small
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.03, weight_decay=0.1)
     for _ in range(epochs):

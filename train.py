@@ -24,26 +24,27 @@ from torch import Tensor
 
 import vbon
 from model import GPT, add_adapters, merge_adapters, prompts_at_a_time, token_kl
-from reward import accuracy, train_classifier
+from reward import Classifier, accuracy, train_classifier
 from support import code, options, processes, report, results
+from support.announce import announce, count_rewards
 from support.files import write_whole
 from support.inputs import Inputs, encode_prompt, read_inputs
 from support.kept import keep, model_content, rebuild_model, resume, save_checkpoint
-from support.own_reward import count_rewards, reward_of_texts, try_reward
+from support.own_reward import reward_of_texts, try_reward
 from support.reference_model import initial_model, train_reference
 from support.seeding import seeded_generator
 from support.settings import AllSettings, check_settings, choose_settings
 from support.text import Text, make_text
 
-# Results are kept under the code that made them. Read it now, so that editing a file during a run
-# cannot mislabel its results.
+# Results are kept under the code that made them. Read the source files now, so that editing a file
+# during a run cannot mislabel its results.
 code.read_source(__file__)
 code.read_sources("vbon", "reward", "support.reviews", "support.text")
 
 # ------------------------------------------------------------------------------------- the settings
 #
 # The defaults belong to the built-in text; support/settings.py has those for other texts and models.
-# A setting of several stages, such as the length, has the same value in all of them.
+# A setting of several stages, such as the length, always has the same value in all of them.
 
 @dataclass(frozen=True)
 class TextSettings:
@@ -77,7 +78,7 @@ class RewardSettings:
 class SampleSettings:
     """Reference samples, from which F is estimated."""
     m: int = 64                     # M, samples for each training prompt
-    m_eval: int = 512               # M, samples for each held-out prompt: F needs a small error
+    m_eval: int = 512               # M, samples for each held-out prompt, for a precise F
     length: int = 24
 
 
@@ -90,7 +91,7 @@ class TuningSettings:
     length: int = 24
     rank: int = 4                   # of the adapters
     lr: float = 5e-3                # learning rate
-    processes: int = 1              # that share the prompts of an update
+    processes: int = 1              # number of processes that share an update
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Settings(AllSettings):
 
 def main(argv: list[str] | None = None) -> None:
     """One N, one seed: from text to a policy, then a table, a picture and samples of it."""
-    began = time.time()
+    began = time.monotonic()
     args = options.make_parser(__doc__).parse_args(argv)
     n = args.n
     seed = args.seed
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- what stays: results, a picture, samples, the models
     made_by = results.describe(settings, world.text, inputs, STAGES)
-    # (some of the methods in experiments/ have a β)
+    # the column beta is for methods in experiments/
     lines = [row | {"seed": seed, "beta": None} | made_by for row in rows]
     results.add_results(out, lines)
     _, best = choose_best(world.candidates, n, seed)
@@ -159,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     write_whole(out / "samples.txt", text.encode("utf-8"))
     results.export_model(reference_folder, reference, world.text.encoding, lines[0])
     results.export_model(policy_folder, policy, world.text.encoding, lines[-1])
-    print(f"\n{time.time() - began:.0f} s; {out}/ holds the picture vbon.png, responses in "
+    print(f"\n{time.monotonic() - began:.0f} s; {out}/ holds the picture vbon.png, responses in "
           f"samples.txt,\nthe policy in {policy_folder.name}, the reference in "
           f"{reference_folder.name}")
 
@@ -184,11 +185,11 @@ class World(NamedTuple):
     prompt: Tensor | None           # (3, T) of --sample
 
 
-def prepare(args: argparse.Namespace, inputs: Inputs, settings: Settings, n: int, seed: int
-            ) -> World:
-    """The first stages: text, reference model, reward, reference samples.
+def prepare(args: argparse.Namespace, inputs: Inputs, settings: Settings, n: int, seed: int,
+            policies: int = 1) -> World:
+    """Run the first stages: text, reference model, reward, reference samples.
 
-    n only serves to announce the number of rewards that a run needs.
+    n and the number of policies that will be trained serve to announce what the run takes.
     """
     cache = Path(args.out) / "cache"
     device = inputs.device
@@ -199,6 +200,8 @@ def prepare(args: argparse.Namespace, inputs: Inputs, settings: Settings, n: int
     text = make_text(inputs, settings.text, seed)
     initial = initial_model(inputs, text, settings.reference, seed)
     prompt = encode_prompt(args.sample, text.encoding, initial.config["block_size"])
+    for note in announce(settings, initial, n, args):
+        say(note)
     if own_reward is not None:
         try_reward(own_reward, text.encoding, text.tokens, settings.text.prompt_tokens)
 
@@ -213,20 +216,17 @@ def prepare(args: argparse.Namespace, inputs: Inputs, settings: Settings, n: int
     # ---- reward: the logit of a sentiment classifier, or your own function
     if own_reward is not None:
         reward = functools.partial(reward_of_texts, own_reward, text.encoding)
-        say(f"reward: {own_reward.path} will judge up to {count_rewards(settings.flat(), text, n)} "
+        say(f"reward: {own_reward} will judge up to {count_rewards(settings, text, n, policies)} "
             f"responses")
     else:
-        # trained anew at each start, on the CPU: it takes a second
-        classifier = train_classifier(text.tokens, text.labels, text.encoding.n_vocab,
-                                      settings.reward.epochs,
-                                      seeded_generator("cpu", "classifier", seed))
+        classifier = fit_classifier(text, settings.reward, seed)
         share = accuracy(classifier, text.unseen_tokens, text.unseen_labels)
         reward = classifier.to(device).reward
         say(f"reward: the classifier is right on {share:.0%} of the reviews it has not seen")
 
     # ---- reference samples: F, the CDF of the reward, is estimated from their rewards
-    # Best-of-N does not choose among the samples that estimate F: the best one would be compared
-    # with itself and with those that it has beaten.
+    # Best-of-N gets samples of its own, the candidates. Otherwise F would be estimated from samples
+    # that include the winner and those that it has beaten.
     found = []
     for name, prompts, m in (("training", text.prompts, settings.samples.m),
                              ("held-out", text.held_prompts, settings.samples.m_eval),
@@ -243,6 +243,13 @@ def prepare(args: argparse.Namespace, inputs: Inputs, settings: Settings, n: int
     return World(text, reference, reward, samples, held_out, candidates, prompt)
 
 
+def fit_classifier(text: Text, settings: RewardSettings, seed: int) -> Classifier:
+    """Train the classifier; it takes a second, so it is not kept."""
+    generator = seeded_generator("cpu", "classifier", seed)
+    return train_classifier(text.tokens, text.labels, text.encoding.n_vocab, settings.epochs,
+                            generator)
+
+
 def sample_responses(model: GPT, reward_fn, prompts: Tensor, k: int, length: int, name: str,
                      seed: int) -> dict:
     """Sample k responses to each prompt (P, T), and reward them; a stage for `keep`.
@@ -251,7 +258,7 @@ def sample_responses(model: GPT, reward_fn, prompts: Tensor, k: int, length: int
     share the parts without changing the result.
     """
     device = model.wte.weight.device
-    began = time.time()
+    began = time.monotonic()
     parts = prompts.split(max(1, 1024 // k))
     mine = {}
     for i in range(processes.rank(), len(parts), processes.world_size()):
@@ -265,7 +272,7 @@ def sample_responses(model: GPT, reward_fn, prompts: Tensor, k: int, length: int
     columns = zip(*[done[i] for i in range(len(parts))])
     response, logprob, reward = [torch.cat(column) for column in columns]
     return {"response": response, "logprob": logprob, "reward": reward,
-            "seconds": time.time() - began}
+            "seconds": time.monotonic() - began}
 
 # ------------------------------------------------------------------------------------- fine-tuning
 
@@ -279,9 +286,13 @@ class Batch(NamedTuple):
 
 class Method(NamedTuple):
     """One way to fine-tune a policy; experiments/methods.py has others."""
-    label: str                      # for the progress line
-    names: tuple                    # seed the random numbers
-    gradient: Callable              # with the parameters of `vbon_gradient`
+    label: str                      # in progress lines
+    names: tuple                    # a part of the seed of each update
+    gradient: Callable              # takes the arguments of `vbon_gradient`
+
+    def depends_on(self) -> tuple:
+        """Return what a policy is kept under."""
+        return self.names, self.gradient
 
 
 def watch(batch: Batch, rollout: vbon.Rollout, logprob: Tensor) -> dict[str, float]:
@@ -297,12 +308,12 @@ def vbon_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
     """Add the gradient of the loss, minus (6), to the policy's .grad: steps (a) to (e)."""
     n = vbon.grow(n, batch.step, settings.steps)            # from best-of-2 to best-of-n
     part = prompts_at_a_time(policy, settings.k, settings.length)
-    # (a), (b): sample K responses from the policy; their rewards and log π_ref
+    # (a), (b): sample K responses from the policy; compute their rewards and log π_ref
     rollout = vbon.roll_out(policy, reference, reward_fn, batch.prompt, settings.k, settings.length,
                             generator, part)
-    # (c): how probable best-of-n makes each of them
+    # (c): log π_bon, the target of training
     log_target = vbon.bon_target(rollout.ref_logprob, rollout.reward, batch.ref_rewards, n)
-    # (d), (e): score them under the policy, with gradients, and follow (6)
+    # (d), (e): compute log π_θ with gradients, and follow (6)
     logprob = vbon.reinforce(policy, batch.prompt, rollout.response, log_target, part)
     return watch(batch, rollout, logprob) | {"kl_target": (logprob - log_target).mean().item()}
 
@@ -314,7 +325,7 @@ def fine_tune(checkpoint: Path, method: Method, n: int, reference: GPT, reward_f
     trained = add_adapters(policy, settings.rank, seeded_generator("cpu", "adapters", seed))
     optimizer = torch.optim.Adam(trained, lr=settings.lr, betas=(0.9, 0.99), fused=True)
     first, history, before = resume(checkpoint, trained, optimizer)
-    began = time.time() - before
+    began = time.monotonic() - before
     for step in range(first, settings.steps):
         optimizer.param_groups[0]["lr"] = settings.lr * decay(step, settings.steps)
         batch = choose_batch(samples, step, settings.batch, seed, policy.wte.weight.device)
@@ -326,10 +337,10 @@ def fine_tune(checkpoint: Path, method: Method, n: int, reference: GPT, reward_f
         processes.average_gradients(trained)                # of one process: nothing to do
         optimizer.step()
         history.append(stats)
-        save_checkpoint(checkpoint, step + 1, trained, optimizer, history, time.time() - began)
+        save_checkpoint(checkpoint, step + 1, trained, optimizer, history, time.monotonic() - began)
         report.show_progress(method.label, step + 1, settings.steps, began, stats)
     merge_adapters(policy)
-    return model_content(policy) | {"history": history, "seconds": time.time() - began}
+    return model_content(policy) | {"history": history, "seconds": time.monotonic() - began}
 
 
 def choose_batch(samples: Samples, step: int, size: int, seed: int, device: torch.device) -> Batch:
@@ -353,7 +364,7 @@ def decay(step: int, steps: int) -> float:
 def evaluate(policy: GPT, reference: GPT, reward_fn, prompts: Tensor, settings: EvaluationSettings,
              name: str, seed: int) -> dict:
     """Sample from the policy on held-out prompts (P, T), and score the responses; for `keep`."""
-    began = time.time()
+    began = time.monotonic()
     sampled = sample_responses(policy, reward_fn, prompts, settings.k_eval, settings.length,
                                f"evaluation of {name}", seed)
     ref_logprob = []
@@ -367,7 +378,7 @@ def evaluate(policy: GPT, reference: GPT, reward_fn, prompts: Tensor, settings: 
             ref_logprob.append(reference.logprob(prompt, response).cpu())
             kl_ref.append(token_kl(policy, reference, prompt, response).cpu())
     return sampled | {"ref_logprob": torch.cat(ref_logprob), "token_kl": torch.cat(kl_ref),
-                      "seconds": time.time() - began}
+                      "seconds": time.monotonic() - began}
 
 
 def metrics(logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int,
@@ -422,13 +433,13 @@ def best_of_n_row(world: World, n: int, seed: int) -> dict:
 
 
 def choose_best(candidates: Samples, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return the best of each n candidates: log π_ref and reward (P, A)."""
+    """Return log π_ref and reward (P, G) of the best in each of G groups of n candidates."""
     P, M = candidates.reward.shape
-    A = M // n
-    reward = candidates.reward[:, :A * n].reshape(-1, n)            # (P·A, n)
-    logprob = candidates.logprob[:, :A * n].reshape(-1, n)
+    G = M // n
+    reward = candidates.reward[:, :G * n].reshape(-1, n)            # (P·G, n)
+    logprob = candidates.logprob[:, :G * n].reshape(-1, n)
     best = vbon.best_of_n(reward, seeded_generator("cpu", "best", n, seed))[:, None]
-    return logprob.gather(1, best).view(P, A), reward.gather(1, best).view(P, A)
+    return logprob.gather(1, best).view(P, G), reward.gather(1, best).view(P, G)
 
 
 def policy_row(method: str, world: World, evaluated: dict, n: int, seconds: float) -> dict:
@@ -439,8 +450,8 @@ def policy_row(method: str, world: World, evaluated: dict, n: int, seconds: floa
                                                "seconds": seconds + evaluated["seconds"]}
 
 
-# whose code marks a line of results.jsonl
-STAGES = (sample_responses, fine_tune, vbon_gradient, evaluate, reference_row, best_of_n_row,
+# the code that is named in each line of results.jsonl
+STAGES = (fit_classifier, sample_responses, fine_tune, vbon_gradient, evaluate, reference_row, best_of_n_row,
           policy_row, "vbon", "model", "reward", "support.own_reward", "support.processes",
           "support.reference_model", "support.reviews", "support.seeding", "support.text",
           "support.tokenizer")

@@ -12,7 +12,7 @@ towards it, by minimising KL(π_θ || π_bon). After that, one sample does the w
     log π_θ(y)   logprob       (P, K)      the same under the policy
     r(y)         reward        (P, K)      any number; only the ranking of the responses matters
     r_1..r_M     ref_rewards   (P, M)      rewards of M reference responses to the same prompt
-    F            cdf           (P, K)      the probability that a reference response scores lower
+    F            cdf           (P, K)      the probability of a lower reward under the reference
     N            n             int >= 1    the N of best-of-N
 
     (1)  F(r) = P(r(y') < r)  for y' ~ π_ref                                   the CDF of the reward
@@ -24,12 +24,12 @@ towards it, by minimising KL(π_θ || π_bon). After that, one sample does the w
     (5)  J(θ) = E_θ[log π_bon(y) - log π_θ(y)] = -KL(π_θ || π_bon)             the objective
     (6)  ∇J = E_θ[(log π_bon(y) - log π_θ(y) - b) · ∇ log π_θ(y)]              its gradient
     (7)  F_lt = (#less + 1) / (M + 1)                                          the estimate from M
-         F_le = F_lt + #equal / (M + 1), or F_lt + π_ref(y) if #equal = 0
+         F_le = F_lt + #equal / (M + 1), or F_lt + π_ref(y) if #equal = 0         (at most 1)
 
 E_θ is the mean over responses sampled from the policy; b is a number, the baseline. (4) and F_le in
 (7) are not in the paper, which assumes that rewards do not tie.
 
-A model needs two methods, and a reward is a function. (P, K) arithmetic is float64, on the CPU.
+Tensors (P, K) are float64, on the CPU. A model needs two methods, and a reward is a function:
     model.sample(prompt, k, length, generator) -> response (P, K, L), logprob (P, K)
     model.logprob(prompt, response)            -> logprob (P, K), with gradients
     reward_fn(prompt, response)                -> reward (P, K)
@@ -47,7 +47,7 @@ def empirical_cdf(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P,
     """Estimate F of equation (1) as (rank + 1) / (M + 1), where rank = #{r_j < r}.
 
     Reward 2.5 against 1, 2, 2, 3 has rank 3, so F = 4/5; reward 2 has rank 1, so F = 2/5.
-    The + 1 keeps log F finite for a response that scores below all M. Returns float64, on the CPU.
+    The + 1 keeps log F finite for a reward below all M. Returns float64, on the CPU.
     Raises ValueError for wrong shapes and for rewards that are empty or not finite.
     """
     less, _ = _count_less_and_equal(reward, ref_rewards)
@@ -113,13 +113,12 @@ def bon_logprob_ties(ref_logprob: Tensor, log_lt: Tensor, log_le: Tensor, n: int
 
 
 def bon_target(ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int) -> Tensor:
-    """Return log π_bon(y) (P, K) by (4) with the estimate (7): the target of training, and the
-    reference point of the evaluation.
+    """Return log π_bon(y) (P, K) by (4) with the estimate (7), for training and evaluation.
 
     ref_logprob (P, K), reward (P, K), ref_rewards (P, M). Reward 2 against 1, 2, 2, 3 has
     F_lt = 2/5 and F_le = 4/5. Where nothing ties, this is equation (2) with `empirical_cdf`.
-    Another estimate, #less/(M+1) and (#less + #equal + 1)/(M+1), has no bias in the mean weight
-    π_bon/π_ref. But a perfect policy then reads a KL of (N-1)/(2M) to π_bon; with (7), about 0.
+    With (7), the KL of a perfect policy to π_bon reads about 0. With the unbiased alternative,
+    #less/(M+1) and (#less + #equal + 1)/(M+1), it would read about (N-1)/(2M).
     """
     _check_shapes(ref_logprob, reward)
     ref_logprob = _float64(ref_logprob)
@@ -129,7 +128,9 @@ def bon_target(ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int)
     _, equal = _count_less_and_equal(reward, ref_rewards)
     m = ref_rewards.shape[1]
     tied = torch.where(equal > 0, equal / (m + 1), ref_logprob.exp())
-    cdf_le = cdf_lt + tied
+    # both are probabilities; for a response above all M, the sum may exceed 1
+    cdf_le = (cdf_lt + tied).clamp(max=1)
+    cdf_lt = torch.minimum(cdf_lt, cdf_le - tied).clamp(min=0)
     return bon_logprob_ties(ref_logprob, cdf_lt.log(), cdf_le.log(), n)
 
 
@@ -144,21 +145,37 @@ def best_of_n(reward: Tensor, generator: torch.Generator | None = None) -> Tenso
 def bon_attains(ref_rewards: Tensor, n: int) -> tuple[float, float]:  # (P, M) -> kl, win_rate
     """Return what best-of-N attains with this reward: KL to π_ref in nats, and win rate.
 
-    The M rewards of a prompt are treated as the complete distribution of its reward: best-of-N
-    returns a reward with probability F_le^N - F_lt^N. Without ties and for large M, the KL is
-    log N - (N-1)/N and the win rate N/(N+1).
+    Without ties they are log N - (N-1)/N and N/(N+1). Both are estimated from the M rewards of each
+    prompt; the KL is nan where best-of-N is determined by fewer than 16 of them.
     """
     _check_n(n)
     less, equal = _count_less_and_equal(ref_rewards, ref_rewards)
     m = ref_rewards.shape[1]
     cdf_lt = less / m
     cdf_le = (less + equal) / m
-    # π_bon / π_ref of each of the M responses
+    # π_bon / π_ref of each response; a mean under best-of-n has these ratios as weights
     ratio = (cdf_le ** n - cdf_lt ** n) / (cdf_le - cdf_lt)
-    # a mean under best-of-n is a mean over the M responses with these ratios as weights
-    kl = torch.xlogy(ratio, ratio)                 # ratio · log ratio
-    wins = ratio * (cdf_lt + cdf_le) / 2           # a tie counts half
-    return kl.mean().item(), wins.mean().item()
+    kl = torch.xlogy(ratio, ratio).mean()          # ratio · log ratio
+    effective_samples = (m / ratio.square().mean(-1)).mean()
+    if effective_samples < 16:
+        kl = torch.tensor(math.nan)
+    if n < m:
+        # Compare each response with the best of n others: unbiased, with any ties. Best-of-n loses
+        # if all n have a lower reward; a tie counts half.
+        lower = _share_of_sets(less + equal - 1, n, m - 1)
+        strictly_lower = _share_of_sets(less, n, m - 1)
+        wins = 1 - (lower + strictly_lower) / 2
+    else:
+        wins = ratio * (cdf_lt + cdf_le) / 2
+    return kl.item(), wins.mean().item()
+
+
+def _share_of_sets(count: Tensor, n: int, m: int) -> Tensor:
+    """Return C(count, n) / C(m, n), which is 0 for counts below n."""
+    enough = count.clamp(min=n)
+    log_count = torch.lgamma(enough + 1) - torch.lgamma(enough - n + 1)
+    log_all = math.lgamma(m + 1) - math.lgamma(m - n + 1)
+    return torch.where(count >= n, (log_count - log_all).exp(), 0.0)
 
 # ---------------------------------------------------------------- 3. the objective and its gradient
 
@@ -184,9 +201,8 @@ def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (
     """
     _check_shapes(logprob, log_target)
     logprob = _float64(logprob)
-    # Detach it: in (6) the score is a number. Otherwise autograd would differentiate both factors
-    # of advantage · logprob, and add -log π_θ · ∇ log π_θ, whose mean is not 0. When π_θ reaches
-    # the target, all responses have the same score, and the gradient noise is zero.
+    # In (6) the score is a number, so detach it: otherwise autograd would differentiate both factors
+    # of advantage · logprob. (When π_θ = π_bon, all scores are equal, and the gradient noise is 0.)
     score = (_float64(log_target) - logprob).detach()
     if not score.isfinite().all():
         raise ValueError("want finite log-probabilities, got nan or inf")
@@ -216,10 +232,10 @@ class Rollout(NamedTuple):
 @torch.no_grad()
 def roll_out(policy, reference, reward_fn, prompt: Tensor, k: int, length: int,
              generator: torch.Generator, part: int | None = None) -> Rollout:
-    """Do steps (a) and (b) of an update: sample k responses to each prompt (P, T), and score them.
+    """Do steps (a) and (b) of an update, with k responses to each prompt (P, T).
 
-    All prompts are sampled together. The reference scores `part` of them at a time (default: all),
-    because the logits of all tokens take much memory.
+    All prompts are sampled together. log π_ref is computed for `part` prompts at a time (default:
+    all), because the logits of all tokens take much memory.
     """
     # (a) sample from the policy: y ~ π_θ
     response, _ = policy.sample(prompt, k, length, generator)           # (P, K, L)
@@ -236,7 +252,7 @@ def reinforce(policy, prompt: Tensor, response: Tensor, log_target: Tensor,
               part: int | None = None) -> Tensor:  # (P, T), (P, K, L), (P, K) -> (P, K)
     """Do steps (d) and (e): add the gradient of the loss, *minus* (6), to the parameters' .grad.
 
-    The policy scores `part` prompts at a time (default: all); the gradients of the parts add up.
+    log π_θ is computed for `part` prompts at a time (default: all); their gradients add up.
     Returns log π_θ(y), without gradients. This estimator of (6) is called REINFORCE.
     """
     size = part or len(prompt)
@@ -314,8 +330,7 @@ class ToyModel:
                ) -> tuple[Tensor, Tensor]:
         """Sample k responses (P, K, 1) to each prompt; also return their log π(y) (P, K)."""
         prob = self.logits.detach().softmax(0).expand(len(prompt), 6)
-        token = torch.multinomial(prob, k, replacement=True, generator=generator)
-        response = token[:, :, None]
+        response = torch.multinomial(prob, k, replacement=True, generator=generator)[:, :, None]
         return response, self.logprob(prompt, response).detach()
 
 
@@ -323,7 +338,7 @@ def toy(n: int = 4) -> None:
     """Show the paper on six responses with known probabilities, where all numbers can be checked."""
     prob = torch.tensor([0.20, 0.30, 0.20, 0.05, 0.10, 0.15], dtype=torch.float64)
     reward = torch.tensor([-4.0, -1.0, 0.5, 1.0, 2.0, 3.0], dtype=torch.float64)
-    # equation (1): the probability of all responses that score lower
+    # equation (1): the probability of all responses with a lower reward
     cdf = prob.cumsum(0) - prob
     # best-of-n by its definition: enumerate all 6^n tuples of n responses
     brute = torch.zeros(6, dtype=torch.float64)
@@ -333,38 +348,34 @@ def toy(n: int = 4) -> None:
     log_bon = bon_logprob(prob.log(), cdf.log(), n)
     bound = bon_logprob_bound(prob.log(), cdf.log(), n).exp()
 
+    def reward_fn(prompt: Tensor, response: Tensor) -> Tensor:
+        return reward[response[:, :, 0]]
+
     # vBoN: the policy starts as the reference and gets 64 samples in each update. F is not known
     # here, but estimated from 2,000 samples of the reference.
     reference = ToyModel(prob)
     policy = ToyModel(prob)
-    prompt = torch.zeros(1, 1, dtype=torch.int64)
-
-    def reward_fn(prompt: Tensor, response: Tensor) -> Tensor:
-        return reward[response[:, :, 0]]
-
+    prompt = torch.zeros(1, 1)
     generator = torch.Generator().manual_seed(0)
     ref_response, _ = reference.sample(prompt, 2000, 1, generator)
     ref_rewards = reward_fn(prompt, ref_response)
     optimizer = torch.optim.Adam([policy.logits], lr=0.05)
-    kl = []
+    print(f"Six responses, n = {n}. KL of the policy to best-of-n, in nats:")
     for step in range(401):
         logprob = policy.logits.detach().log_softmax(0)
-        kl.append(torch.sum(logprob.exp() * (logprob - log_bon)).item())
+        if step in (0, 25, 50, 100, 200, 400):
+            print(f"  update {step:3}   {torch.sum(logprob.exp() * (logprob - log_bon)):.4f}")
         optimizer.zero_grad()
         rollout = roll_out(policy, reference, reward_fn, prompt, 64, 1, generator)
         log_target = bon_target(rollout.ref_logprob, rollout.reward, ref_rewards, n)
         reinforce(policy, prompt, rollout.response, log_target)
         optimizer.step()
 
-    print(f"The probabilities of six responses, n = {n}:\n")
+    print("\nThe probabilities of the responses (best of n: by enumeration of all tuples):\n")
     print(" reward   under π_ref   F (1)   best of n   exact (2)   bound (3)   trained policy")
     table = torch.stack([reward, prob, cdf, brute, log_bon.exp(), bound, logprob.exp()], 1)
     for row in table.tolist():
         print("{:7.1f}{:14.3f}{:8.2f}{:12.4f}{:12.4f}{:12.4f}{:17.4f}".format(*row))
-    print("\nbest of n: by enumeration of all tuples of n responses. The policy was trained by vBoN;"
-          "\nits KL to best-of-n, in nats:")
-    for step in (0, 25, 50, 100, 200, 400):
-        print(f"  step {step:3}   {kl[step]:.4f}")
 
 
 if __name__ == "__main__":

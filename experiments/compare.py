@@ -36,7 +36,7 @@ NAMES = {"ref": "reference", "bon": "best of {n}", "soft-bon": "soft best of {n}
 
 def main(argv: list[str] | None = None) -> None:
     """Train and evaluate for all seeds, N and methods; then print tables and plot a picture."""
-    began = time.time()
+    began = time.monotonic()
     args = parse_arguments(argv)
     out = Path(args.out)
     inputs = read_inputs(args, args.n, all_folders(args, out))
@@ -50,7 +50,9 @@ def main(argv: list[str] | None = None) -> None:
     for seed in args.seed:
         # text, reference model, reward and reference samples do not depend on N
         print(f"seed {seed}", flush=True)
-        world = train.prepare(args, inputs, settings[args.n[0]], max(args.n), seed)
+        n = max(args.n)
+        count = len(args.n) * len(args.method)
+        world = train.prepare(args, inputs, settings[n], n, seed, count)
         pool.append(world.held_out.reward)
         # first all β: if one cannot be found, better now than after an hour
         betas = {n: choose_betas(args, n, world.held_out.reward) for n in args.n}
@@ -84,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     print_table(groups, args.n, pool)
     print_comparison(groups, args.n)
     plot_results(out / "pareto.png", rows, args.n, args.beta is not None, pool)
-    print(f"\n{time.time() - began:.0f} s; {out}/ holds the picture pareto.png, responses in "
+    print(f"\n{time.monotonic() - began:.0f} s; {out}/ holds the picture pareto.png, responses in "
           f"samples.txt,\nand all models")
 
 
@@ -342,7 +344,8 @@ def print_table(groups: Groups, ns: list[int], pool: Tensor) -> None:
         # with the held-out rewards of all seeds
         kl, win = vbon.bon_attains(pool, n)
         reward = theory.bon_expected_reward(pool, n).mean().item()
-        print(f"{f'theory, N = {n}':16}{reward:7.3f}{win:14.3f}{kl:14.3f}{0:14.3f}")
+        kl = "" if math.isnan(kl) else f"{kl:.3f}"
+        print(f"{f'theory, N = {n}':16}{number(reward):>7}{win:14.3f}{kl:>14}{0:14.3f}")
     print("\nKLs in nats per response. ±: the larger of standard deviation over seeds and "
           "standard error.")
 
@@ -352,7 +355,14 @@ def with_error(found: tuple[float, float] | None) -> str:
     if found is None:
         return ""
     mean, spread = found
-    return f"{mean:.3f} ±{spread:.3f}"
+    return f"{number(mean)} ±{number(spread)}"
+
+
+def number(x: float) -> str:
+    """Format a number with three decimals, or very large and very small ones with three digits."""
+    if x != 0 and not 1e-4 <= abs(x) < 1e5:
+        return f"{x:.2g}"
+    return f"{x:.3f}"
 
 
 def print_comparison(groups: Groups, ns: list[int]) -> None:
@@ -424,13 +434,21 @@ LINES = (("best-of-n", ".", "tab:blue", "best of 1, 2, 3, ..., in theory"),
 def plot_results(path: Path, rows: list[dict], ns: list[int], beta_given: bool, pool: Tensor
                  ) -> None:
     """Plot win rate and reward against the KL to the reference: theory (lines), results (points)."""
-    pyplot = report.plain_pyplot()
     # Seeds have other texts and classifiers: each has its own zero of the reward.
     own = {row["seed"]: row["reward"] for row in rows if row["method"] == "ref"}
     shifted = [row | {"reward": row["reward"] - own[row["seed"]]} for row in rows]
     groups = over_seeds(shifted, beta_given)
-    figure, planes = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     reach = 1.15 * max(row["kl_ref"] for row in rows) + 0.1
+    with report.figure(path, 2, (11, 4.6)) as planes:
+        plot_planes(planes, groups, reach, pool)
+        for n in ns:
+            kl, win = vbon.bon_attains(pool, n)
+            planes[0].annotate(f"N = {n}", (kl, win), (-10, 8), ha="right",
+                               textcoords="offset points", fontsize=9)
+
+
+def plot_planes(planes: list, groups: Groups, reach: float, pool: Tensor) -> None:
+    """Plot the two planes, up to the KL `reach`."""
     curves = theory.curves(pool)
     for axes, plane in zip(planes, ("win_rate", "reward")):
         zero = pool.double().mean().item() if plane == "reward" else 0.0
@@ -450,15 +468,10 @@ def plot_results(path: Path, rows: list[dict], ns: list[int], beta_given: bool, 
                 axes.errorbar(kl, height, error, kl_error, fmt=marker, color=color, ms=6,
                               mfc="none", capsize=2, lw=1, label=label)
                 label = None                            # one entry in the legend for each method
-        axes.spines[["top", "right"]].set_visible(False)
         axes.set(xlabel="KL to the reference, nats per response")
     planes[0].set(ylabel="win rate over the reference", title="What best-of-N aims for")
-    for n in ns:
-        planes[0].annotate(f"N = {n}", vbon.bon_attains(pool, n), (-10, 8), ha="right",
-                           textcoords="offset points", fontsize=9)
     planes[1].set(ylabel="reward, above that of the reference", title="What KL-RL aims for")
     planes[1].legend(loc="lower right", frameon=False, fontsize=8)
-    report.save_figure(figure, path)
 
 # --------------------------------------------------------------------------------- the command line
 

@@ -177,8 +177,13 @@ def print_study_of_m(errors: list[dict], trained: dict[int, list[dict]], n: int)
 
 def plot_study_of_m(path: Path, errors: list[dict], trained: dict[int, list[dict]], n: int) -> None:
     """Plot the errors of F and log F against M, and the KL to best-of-N of trained policies."""
-    pyplot = report.plain_pyplot()
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    with report.figure(path, 3, (12, 3.6)) as axes:
+        plot_panels(axes, errors, trained, n)
+
+
+def plot_panels(panels: list, errors: list[dict], trained: dict[int, list[dict]], n: int) -> None:
+    """Plot the three panels."""
+    left, middle, right = panels
     left.loglog(MS, [error["dkw"] for error in errors], "k:", label="bound of the 95 % (DKW)")
     left.loglog(MS, [error["sup_95"] for error in errors], "o-", label="95 % quantile")
     left.loglog(MS, [error["sup_mean"] for error in errors], "s-", label="mean")
@@ -195,12 +200,10 @@ def plot_study_of_m(path: Path, errors: list[dict], trained: dict[int, list[dict
     right.set(xlim=(12, 700), ylim=(0, None))
     if not trained:
         right.text(90, 0.5, "no results in --out", ha="center")
-    for axes in (left, middle, right):
+    for axes in panels:
         axes.set(xlabel="M, reference samples for each prompt")
         axes.minorticks_off()
         axes.set_xticks(MS, MS)
-        axes.spines[["top", "right"]].set_visible(False)
-    report.save_figure(figure, path)
 
 # ---------------------------------------------------------------------------- the cost of an update
 
@@ -236,11 +239,11 @@ def cost(layers: int, width: int, heads: int, tokens: int, updates: int = 3) -> 
     batch = train.Batch(s.tuning.steps, prompt, None, ref_rewards)
     seconds = []
     for _ in range(updates):
-        began = time.time()
+        began = time.monotonic()
         optimizer.zero_grad()
         train.vbon_gradient(policy, reference, any_reward, batch, 4, s.tuning, generator)
         optimizer.step()
-        seconds.append(time.time() - began)
+        seconds.append(time.monotonic() - began)
     weights = 0
     for name, p in reference.named_parameters():
         # looking up an embedding is not a multiplication

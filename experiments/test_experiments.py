@@ -191,6 +191,30 @@ def test_beta_goes_as_far_as_best_of_n():
         assert theory.find_beta(rewards, n) == pytest.approx(math.sqrt(0.5 / kl), rel=0.01)
 
 
+@pytest.mark.parametrize("scale", [1e20, 1e-20, 1e80])
+def test_rewards_of_any_size_have_the_same_aims(scale):
+    rewards = torch.randn(8, 512, generator=torch.Generator().manual_seed(0)).double()
+    beta = theory.find_beta(rewards, 4)
+    assert theory.find_beta(scale * rewards, 4) == pytest.approx(scale * beta, rel=1e-3)
+    for plane, unit in (("win_rate", 1), ("reward", scale)):
+        high = theory.highest(plane, 0.6, rewards)
+        assert theory.highest(plane, 0.6, scale * rewards) == pytest.approx(unit * high)
+    curves = theory.curves(scale * rewards)
+    for name, curve in theory.curves(rewards).items():
+        assert [point["kl_ref"] for point in curves[name]] == pytest.approx(
+            [point["kl_ref"] for point in curve])
+
+
+def test_very_large_and_small_numbers_stay_narrow_in_a_table():
+    assert [compare.number(x) for x in (0.0, 1.5, -4.7e20, 3e-7)] == [
+        "0.000", "1.500", "-4.7e+20", "3e-07"]
+
+
+def test_the_aim_of_an_unknown_method_is_unknown():
+    with pytest.raises(ValueError, match="the aim of ppo is unknown"):
+        theory.aim("ppo", 4, None, uniform_rewards())
+
+
 def test_a_beta_that_cannot_be_found_is_refused():
     few = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     with pytest.raises(UnusableInput, match="give --beta"):

@@ -77,17 +77,9 @@ def winner_weights(rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P, M)
     m = rewards.shape[1]
     _check_n(n, m)
     # the share of sets of n whose best response has at most, or less than, this reward
-    at_most = _share_of_sets(less + equal, n, m)
-    below = _share_of_sets(less, n, m)
+    at_most = vbon._share_of_sets(less + equal, n, m)
+    below = vbon._share_of_sets(less, n, m)
     return (at_most - below) / equal
-
-
-def _share_of_sets(count: Tensor, n: int, m: int) -> Tensor:
-    """Return C(count, n) / C(m, n), which is 0 for counts below n."""
-    enough = count.clamp(min=n)
-    log_count = torch.lgamma(enough + 1) - torch.lgamma(enough - n + 1)
-    log_all = math.lgamma(m + 1) - math.lgamma(m - n + 1)
-    return torch.where(count >= n, (log_count - log_all).exp(), 0.0)
 
 
 def _check_n(n: int, m: int) -> None:
@@ -107,8 +99,9 @@ def tilt(score: Tensor, ref_rewards: Tensor) -> dict[str, float]:  # (P, M), (P,
 
 
 def best_of_n(n: int, ref_rewards: Tensor) -> dict[str, float]:
-    """Return what best-of-n attains, under the same names; win rate and KL as vbon.bon_attains."""
+    """Return what best-of-n attains, under the same names; the win rate is vbon.bon_attains'."""
     found = _attained(bon_weights(n, ref_rewards), ref_rewards)
+    _, found["win_rate"] = vbon.bon_attains(ref_rewards, n)
     # in this mean a response competes with itself; in the following one it does not
     found["reward"] = bon_expected_reward(ref_rewards, n).mean().item()
     return found
@@ -150,6 +143,9 @@ def strength(kl: float, values: Tensor) -> float:  # (P, M)
     The KL grows with t, so t is found by bisection, to 12 digits.
     """
     values = _from_the_top(values)
+    # in units of the values' own spread: rewards may be of size 1e20 or 1e-20
+    spread = _spread(values)
+    values = values / spread
     low = 0.0
     high = 1.0
     while _kl_of_tilt(high, values) < kl:
@@ -165,7 +161,7 @@ def strength(kl: float, values: Tensor) -> float:  # (P, M)
             high = middle
         if high < 1 / LARGEST:
             return 0.0
-    return high
+    return high / spread
 
 
 def _kl_of_tilt(t: float, values: Tensor) -> float:
@@ -180,7 +176,12 @@ def _kl_of_tilt(t: float, values: Tensor) -> float:
     return kl.mean().item()
 
 
-LARGEST = 2.0 ** 60                     # a t with which only the best responses have a probability
+LARGEST = 2.0 ** 60                     # · spread: only the best responses have a probability
+
+
+def _spread(values: Tensor) -> float:
+    """Return the largest distance of a value from the best one of its prompt; 1 if there is none."""
+    return _from_the_top(values).abs().max().item() or 1.0
 
 
 def _from_the_top(values: Tensor) -> Tensor:
@@ -208,7 +209,7 @@ def highest_weights(plane: str, kl: float, ref_rewards: Tensor) -> Tensor | None
         values = vbon.win_rate(rewards, rewards)
     # If no tilt is that far away, the tilt that keeps only the best responses is the highest: the
     # rest of the KL brings nothing.
-    t = min(strength(kl, values), LARGEST)
+    t = min(strength(kl, values), LARGEST / _spread(values))
     weight = (t * _from_the_top(values)).softmax(-1)
     return weight if _size(weight) >= MIN_SIZE else None
 
@@ -219,7 +220,7 @@ def find_beta(ref_rewards: Tensor, n: int) -> float:  # (P, M)
 
     Raises UnusableInput if there is none, or if too few effective samples are left.
     """
-    kl, _ = vbon.bon_attains(ref_rewards, n)
+    kl = best_of_n(n, ref_rewards)["kl_ref"]
     t = strength(kl, ref_rewards)
     if kl <= 0 or t == math.inf:
         raise UnusableInput(f"--n {n}: with this reward, no beta goes as far as best of {n}; give "
@@ -246,9 +247,11 @@ def aim(method: str, n: int, beta: float | None, ref_rewards: Tensor) -> dict[st
     elif method == "kl-rl":
         score = ref_rewards.cpu().double() / beta
         found = tilt(score, ref_rewards)
-    else:
+    elif method in ("vbon", "bon-sft", "bond"):
         score = log_bon
         found = best_of_n(n, ref_rewards)
+    else:
+        raise ValueError(f"the aim of {method} is unknown")
     if found["ess"] < MIN_SIZE:
         return None
     log_weight = score.log_softmax(-1)
@@ -277,7 +280,7 @@ def curves(ref_rewards: Tensor) -> dict[str, list[dict[str, float]]]:
         found[plane].append(tilt(0 * values, rewards))
         t = strength(0.001, values)
         for _ in range(100):
-            if t > LARGEST:
+            if t > LARGEST / _spread(values):
                 break
             point = tilt(t * _from_the_top(values), rewards)
             if point["ess"] < MIN_SIZE:

@@ -7,10 +7,13 @@ its import; until it is reloaded, the old code runs, and what it makes must keep
 """
 import ast
 import functools
+import inspect
 import os
 import sys
 import types
 from pathlib import Path
+
+from support.errors import UnusableInput
 
 _sources = {}                                           # absolute path -> source, as imported
 _specs = {}                                             # name of a module -> its __spec__ then
@@ -39,46 +42,99 @@ def code_of_module(name: str) -> str:
 
 
 def code_of_function(function: types.FunctionType) -> str:
-    """Return the syntax trees of a function and of all that it uses of its own file."""
-    file = os.path.abspath(function.__globals__["__file__"])
-    module = sys.modules.get(function.__module__)
-    if module is not None and vars(module) is function.__globals__ and module.__spec__ is not None:
-        read_sources(function.__module__)
+    """Return the syntax trees of a function, and of all that it uses of its own file.
+
+    Names that it imports from train.py or experiments/ are followed there. Of all other files, kept
+    results depend on the complete module, if at all. Raises TypeError for a nested function.
+    """
+    function = inspect.unwrap(function)                 # without decorators
+    if function.__qualname__ != function.__name__:
+        raise TypeError(f"{function.__qualname__}: want a function at the top level of a file")
+    return code_of_name(function.__name__, function.__globals__)
+
+
+def code_of_name(name: str, namespace: dict) -> str:
+    """Return the syntax trees of a name at the top level of a file, and of all that it uses there.
+
+    namespace: the globals of the file. Raises UnusableInput if it holds parts of another file that
+    was loaded again since: then old code runs, but new code is imported.
+    """
+    file = os.path.abspath(namespace["__file__"])
+    module = sys.modules.get(namespace["__name__"])
+    if module is not None and vars(module) is namespace and module.__spec__ is not None:
+        read_sources(module.__name__)
     elif file not in _sources:
         read_source(file)
-    definitions = _definitions(_sources[file])
-    if function.__name__ not in definitions:
-        raise TypeError(f"{function.__qualname__}: want a function at the top level of a file")
-    # the function, the names in it, the names in what they stand for, and so on
-    used = [function.__name__]
+    statements = _statements(_sources[file])
+    code = []
+    # the name, the names in its statements, the names in theirs, and so on
+    used = [name]
     for name in used:
-        for node in ast.walk(definitions[name]):
-            if isinstance(node, ast.Name) and node.id in definitions and node.id not in used:
-                used.append(node.id)
-    return "\n".join(ast.dump(definitions[name]) for name in sorted(used))
+        for statement in statements[name]:
+            if isinstance(statement, ast.ImportFrom):
+                code.append(_imported(name, statement, namespace))
+                continue
+            code.append(ast.dump(_bare(statement)))
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Name) and node.id in statements and node.id not in used:
+                    used.append(node.id)
+    return "\n".join(sorted(code))
+
+
+def _imported(name: str, statement: ast.ImportFrom, namespace: dict) -> str:
+    """Return the code of a name that a file imports; other names of the statement do not matter."""
+    alias, = [alias for alias in statement.names if (alias.asname or alias.name) == name]
+    source = sys.modules[statement.module]
+    content = namespace[name]
+    if content is not getattr(source, alias.name):
+        raise UnusableInput(f"{statement.module} was loaded again, but {namespace['__name__']} "
+                            f"still uses the old one: restart Python")
+    code = f"from {statement.module} import {alias.name}"
+    is_module = isinstance(content, types.ModuleType)
+    if statement.module.split(".")[0] in ("train", "experiments") and not is_module:
+        code += code_of_name(alias.name, vars(source))
+    return code
 
 
 @functools.cache
 def syntax(source: str) -> str:
     """Return the syntax tree of a source, without docstrings and annotations of functions."""
-    return ast.dump(_bare(source))
+    return ast.dump(_bare(ast.parse(source)))
 
 
 @functools.cache
-def _definitions(source: str) -> dict[str, ast.AST]:
-    """Return the functions, classes and constants of a source, by name."""
+def _statements(source: str) -> dict[str, list[ast.stmt]]:
+    """Return the top-level statements that define or change each name: functions, classes,
+    constants, imports of names."""
     found = {}
-    for node in _bare(source).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            found[node.name] = node
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            found[node.targets[0].id] = node
+    for statement in ast.parse(source).body:
+        names = set()
+        if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+            names.add(statement.name)
+        elif isinstance(statement, ast.ImportFrom):
+            names = {alias.asname or alias.name for alias in statement.names}
+        elif not isinstance(statement, ast.Import):
+            names = _changed(statement)
+        for name in names:
+            found.setdefault(name, []).append(statement)
     return found
 
 
-def _bare(source: str) -> ast.Module:
-    """Parse a source, and remove docstrings and the annotations of functions."""
-    tree = ast.parse(source)
+def _changed(statement: ast.stmt) -> set[str]:
+    """Return the names that a statement assigns, or whose contents it changes: T["a"] = 2."""
+    names = set()
+    for node in ast.walk(statement):
+        if isinstance(getattr(node, "ctx", None), ast.Store):
+            while isinstance(node, (ast.Subscript, ast.Attribute)):
+                node = node.value
+            if isinstance(node, ast.Name):
+                names.add(node.id)
+    return names
+
+
+def _bare(tree: ast.AST) -> ast.AST:
+    """Return a tree without docstrings and annotations of functions."""
+    tree = ast.parse(ast.unparse(tree))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             if ast.get_docstring(node, clean=False) is not None:

@@ -2,6 +2,7 @@
 import dataclasses
 import functools
 import hashlib
+import sys
 import types
 
 import tiktoken
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from support.code import code_of_function, code_of_module
+from support.errors import UnusableInput
 
 
 def digest(*parts: object) -> str:
@@ -48,6 +50,7 @@ def _add(total, part: object) -> None:
     elif isinstance(part, torch.nn.Module):
         device = next(part.parameters()).device.type
         code = code_of_module(type(part).__module__)
+        _check_current(type(part))
         _add(total, [code, getattr(part, "config", None), device, weights(part)])
     elif isinstance(part, tiktoken.Encoding):
         tokens = {token: part.encode_single_token(token) for token in part.token_byte_values()}
@@ -60,3 +63,11 @@ def _add(total, part: object) -> None:
         _add(total, code_of_function(part))
     else:
         raise TypeError(f"the content of a {type(part).__name__} is unknown")
+
+
+def _check_current(kind: type) -> None:
+    """Raise UnusableInput for a class of a file that was loaded again since: its code is another."""
+    current = getattr(sys.modules[kind.__module__], kind.__name__, kind)
+    if current is not kind:
+        raise UnusableInput(f"{kind.__module__} was loaded again, but a {kind.__name__} of the old "
+                            f"one is in use: restart Python")

@@ -1,6 +1,7 @@
 """Files that other programs or runs may read at any moment: written completely, or not at all."""
 import contextlib
-import io
+import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,19 +34,43 @@ def lock(folder: Path) -> Iterator[None]:
     """
     path = folder / "cache" / "results.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        try:
-            _wait_for_lock(file)
-        except OSError:                                 # some network file systems have no locks
-            pass
+    # open to read: the file may be a colleague's
+    file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+    try:
+        _wait_for_lock(file)
+    except OSError:                                     # some network file systems have no locks
+        pass
+    try:
         yield
+    finally:
+        os.close(file)
 
 
-def _wait_for_lock(file: io.TextIOWrapper) -> None:
+def _wait_for_lock(file: int) -> None:
     """Return once no other process holds the lock of this file."""
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX)
     except ImportError:                                 # Windows
         import msvcrt
-        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+        msvcrt.locking(file, msvcrt.LK_LOCK, 1)
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder and its cache, and try to write into both. Raises OSError."""
+    for place in (folder, folder / "cache"):
+        place.mkdir(parents=True, exist_ok=True)
+        part = place / f"{uuid.uuid4().hex}.part"
+        part.write_bytes(b"")
+        part.unlink()
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put the folder `new` in the place of an older one, or of none. Both are on one disk."""
+    if not folder.exists():
+        new.replace(folder)
+        return
+    old = new.with_name(f"{new.name}.old")
+    folder.replace(old)
+    new.replace(folder)
+    shutil.rmtree(old)

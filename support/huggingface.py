@@ -92,6 +92,7 @@ def save_model(model: GPT, folder: str | Path) -> None:
         "model_type": "gpt2",
         "vocab_size": model.config["vocab_size"],
         "n_positions": model.config["block_size"],
+        "n_ctx": model.config["block_size"],                    # its old name, which others read
         "n_embd": model.config["n_embd"],
         "n_layer": model.config["n_layer"],
         "n_head": model.config["n_head"],
@@ -99,6 +100,7 @@ def save_model(model: GPT, folder: str | Path) -> None:
         "tie_word_embeddings": model.config["tied"],
         "bos_token_id": model.eot,
         "eos_token_id": model.eot,
+        "pad_token_id": model.eot,
         **FIXED,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -114,10 +116,33 @@ def save_model(model: GPT, folder: str | Path) -> None:
     write_safetensors(folder / "model.safetensors", tensors)
 
 
+def save_generation_config(folder: str | Path, model: GPT, max_length: int) -> None:
+    """Write generation_config.json: `generate` then samples from the model's own distribution.
+
+    That is the full softmax at temperature 1, up to `max_length` tokens with the prompt.
+    """
+    config = {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "max_length": min(max_length, model.config["block_size"]),
+        "bos_token_id": model.eot,
+        "eos_token_id": model.eot,
+        "pad_token_id": model.eot,
+    }
+    text = json.dumps(config, indent=2) + "\n"
+    Path(folder, "generation_config.json").write_text(text, encoding="utf-8")
+
+
 def download_pretrained(name: str) -> Path:
     """Return the folder with OpenAI's config and weights; the first call downloads them."""
     folder = Path(torch.hub.get_dir(), "vbon", name)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnusableInput(f"{folder}: {error.strerror}; set TORCH_HOME to another folder"
+                            ) from None
     for file in ("config.json", "model.safetensors"):
         if not (folder / file).exists():
             download(DOWNLOAD.format(name=name, file=file), folder / file)
@@ -142,6 +167,9 @@ def read_config(folder: Path) -> dict:
     """Return the arguments of `GPT`, from config.json."""
     path = folder / "config.json"
     config = read_json(path)
+    kind = config.get("model_type", "gpt2")
+    if kind != "gpt2":
+        raise UnusableInput(f"{path}: model_type = {kind!r}; only a GPT-2 (gpt2) can be loaded")
     for name, value in FIXED.items():
         if config.get(name, value) != value:
             raise UnusableInput(f"{path}: {name} = {config[name]!r}, want {value!r} as in GPT-2")
@@ -151,6 +179,9 @@ def read_config(folder: Path) -> dict:
             raise UnusableInput(f"{path}: {name} = {value!r}, want an integer from 1 to a million")
     if config["n_embd"] % config["n_head"] != 0:
         raise UnusableInput(f"{path}: n_embd is not a multiple of n_head")
+    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
+        raise UnusableInput(f"{path}: n_inner = {config['n_inner']}, want 4 · n_embd = "
+                            f"{4 * config['n_embd']}")
     activation = config.get("activation_function", "gelu_new")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise UnusableInput(f"{path}: activation_function = {activation!r}, want one of "

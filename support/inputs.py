@@ -9,12 +9,14 @@ from torch import Tensor
 
 from model import GPT
 from support import processes
+from support.digest import digest
 from support.errors import UnusableInput
+from support.files import check_writable
 from support.huggingface import PRETRAINED
 from support.options import check_arguments
-from support.own_reward import RewardFile, load_reward
+from support.own_reward import RewardFile, hidden_neighbours
 from support.results import check_folders, read_results
-from support.reviews import load_reviews
+from support.reviews import load_reviews, normalise
 from support.tokenizer import pretrained_encoding
 
 
@@ -40,23 +42,30 @@ def read_inputs(args: argparse.Namespace, ns: list[int], folders: list[Path]) ->
     check_arguments(args, ns)
     out = Path(args.out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        check_writable(out)
         read_results(out)                               # if they are damaged, say so now
     except OSError as error:
-        raise UnusableInput(f"--out {out}: {error.strerror}") from None
+        raise UnusableInput(f"--out {error.filename or out}: {error.strerror}") from None
     check_folders(args, folders)
     device = processes.connect(args.device)
     processes.silence_others()
-    processes.check_same_arguments(args)
-    own_reward = load_reward(args.reward) if args.reward else None
+    processes.check_same("arguments", vars(args))
+    own_reward = None
+    if args.reward is not None:
+        own_reward = RewardFile(args.reward)
+        for name in hidden_neighbours(own_reward.path):
+            print(f"note: {args.reward} cannot import the {name} next to it: that name is ours")
     reviews = None
-    if args.data:
+    if args.data is not None:
         reviews = load_reviews(args.data, labelled=own_reward is None)
-    return Inputs(device, reviews, own_reward, load_pretrained(args.init))
+    pretrained = load_pretrained(args.init)
+    # on several machines, the same path may lead to different contents
+    processes.check_same("inputs", digest(reviews, own_reward, pretrained))
+    return Inputs(device, reviews, own_reward, pretrained)
 
 
 def load_pretrained(init: str | None) -> Pretrained | None:
-    """Return the model and the tokenizer of --init."""
+    """Return the model and the tokenizer of --init. Raises UnusableInput for anything wrong."""
     if init is None:
         return None
     if init not in PRETRAINED and not Path(init).is_dir():
@@ -67,6 +76,11 @@ def load_pretrained(init: str | None) -> Pretrained | None:
     if tokens != encoding.n_vocab:
         raise UnusableInput(f"--init {init}: the model has {tokens} tokens, its vocabulary "
                             f"{encoding.n_vocab}")
+    # weights may be finite, and still so large that the logits are not
+    with torch.no_grad():
+        finite = model(torch.tensor([encoding.encode_ordinary("the")])).isfinite().all()
+    if not finite:
+        raise UnusableInput(f"--init {init}: the logits of this model are not finite")
     return Pretrained(model, encoding)
 
 
@@ -75,7 +89,7 @@ def encode_prompt(sample: str | None, encoding: tiktoken.Encoding, block_size: i
     """Return the prompt of --sample three times (3, T), for three responses of each model."""
     if sample is None:
         return None
-    ids = encoding.encode_ordinary(sample)
+    ids = encoding.encode_ordinary(normalise(sample))
     if len(ids) >= block_size:
         raise UnusableInput(f"--sample: want fewer than {block_size} tokens, got {len(ids)}")
     return torch.tensor(ids).repeat(3, 1)

@@ -1,6 +1,7 @@
 """The command line: flags, checks of their values, and the exit status of a program."""
 import argparse
 import io
+import os
 import sys
 from collections.abc import Callable
 
@@ -81,8 +82,9 @@ def check_arguments(args: argparse.Namespace, ns: list[int]) -> None:
     _check_at_least(1, "--length", args.length)
     _check_at_least(1, "--steps", args.steps)
     _check_at_least(1, "--m", args.m)
-    if args.sample is not None and not args.sample.strip():
-        raise UnusableInput("--sample: want some words as a prompt")
+    for name, value in vars(args).items():
+        if isinstance(value, str) and not value.strip():        # a variable of a script, not set
+            raise UnusableInput(f"--{name.replace('_', '-')} is empty")
 
 
 def _check_at_least(least: int, flag: str, value: int | None) -> None:
@@ -90,13 +92,39 @@ def _check_at_least(least: int, flag: str, value: int | None) -> None:
         raise UnusableInput(f"{flag} {value}: want at least {least}")
 
 
+class _PatientOutput:
+    """Standard output that goes on when its reader has gone, as in `train.py | head -1`."""
+
+    def __init__(self, stream: io.TextIOWrapper):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, function: Callable, *args: str):
+        try:
+            return function(*args)
+        except BrokenPipeError:
+            # from now on, all goes to the null device
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
 def run(program: Callable[[], object], name: str) -> None:
     """Run a program, and exit as the shell expects: 2 for unusable input, 130 for Ctrl-C.
 
     Any other exception keeps its traceback and exits with status 1: it may be a bug in these files.
     """
+    if sys.stdout is None:                              # closed by the shell
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")        # where ± cannot be printed, print ? instead
+        sys.stdout = _PatientOutput(sys.stdout)
     try:
         program()
     except UnusableInput as error:

@@ -1,11 +1,16 @@
 """--reward FILE.py: a reward function of the user's own, on texts."""
+import importlib.util
+import os
+import random
+import shutil
 import sys
+import tempfile
 import traceback
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy
 import tiktoken
 import torch
 from torch import Tensor
@@ -18,41 +23,135 @@ read_source(__file__)
 
 BATCH = 1024                                            # texts in one call
 LARGEST = 1e100                                         # reward
+OURS = ("vbon", "model", "reward", "train", "support", "experiments")
 
 
-class RewardFile(NamedTuple):
-    """A file that defines reward(prompts: list[str], responses: list[str]) -> numbers."""
-    path: Path
-    source: str                                         # as it was when it was loaded
-    function: Callable
+class RewardFile:
+    """A file that defines reward(prompts: list[str], responses: list[str]) -> numbers.
 
-    def depends_on(self) -> str:
-        """Return what rewards are kept under: the file's code, without comments and docstrings."""
-        return syntax(self.source)
-
-
-def load_reward(path: str | Path) -> RewardFile:
-    """Run a file of --reward, and find its function.
-
-    Raises UnusableInput for anything wrong, with the line of the file where it went wrong.
+    Raises UnusableInput if the file does not run, with the line where it went wrong.
     """
-    path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UnusableInput(f"--reward {path}: {error.strerror}") from None
-    module = types.ModuleType("reward_file")
-    module.__file__ = str(path)
-    sys.modules["reward_file"] = module                 # some libraries look up a class's module
-    sys.path.append(str(path.parent))                   # it may import files next to it
-    try:
-        exec(compile(content, str(path), "exec"), module.__dict__)
-    except (Exception, SystemExit) as error:
-        raise _fault(path, error) from None
-    function = getattr(module, "reward", None)
-    if not callable(function):
-        raise UnusableInput(f"--reward {path}: want a function reward(prompts, responses)")
-    return RewardFile(path, content.decode("utf-8", "replace"), function)
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.source = self.path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UnusableInput(f"--reward {path}: not a Python file in UTF-8") from None
+        except OSError as error:
+            raise UnusableInput(f"--reward {path}: {error.strerror}") from None
+        self.state = None                               # of the process, as the file has set it
+        module = self._call(self._load)
+        self.function = getattr(module, "reward", None)
+        self.declared = getattr(module, "DEPENDS_ON", None)
+        if not callable(self.function):
+            raise UnusableInput(f"--reward {path}: want a function reward(prompts, responses)")
+
+    def depends_on(self) -> list:
+        """Return what rewards are kept under: the file's code without comments and docstrings, and
+        its DEPENDS_ON, if it has one."""
+        return [syntax(self.source), repr(self.declared)]
+
+    def __str__(self) -> str:
+        """Return its path, and what it says it depends on."""
+        if self.declared is None:
+            return str(self.path)
+        return f"{self.path} (depends on {self.declared})"
+
+    def ask(self, prompts: list[str], responses: list[str]) -> list[float]:
+        """Return the rewards of one batch, checked and converted to float."""
+        found = self._call(self._ask, prompts, responses)
+        if len(found) != len(responses):
+            raise UnusableInput(f"--reward {self.path}: want {len(responses)} numbers, got "
+                                f"{len(found)}")
+        return [_number(self.path, x) for x in found]
+
+    def _ask(self, prompts: list[str], responses: list[str]) -> list:
+        found = self.function(list(prompts), list(responses))
+        _check_sequence(found)
+        return list(found)
+
+    def _load(self) -> types.ModuleType:
+        """Import the file."""
+        # It may import files next to it. Processes that it starts import it by its name.
+        sys.path.append(str(self.path.resolve().parent))
+        name = self.path.stem
+        if _is_taken(name, self.path):
+            name = "reward_file"
+            folder = tempfile.mkdtemp()
+            shutil.copy(self.path, Path(folder, "reward_file.py"))
+            sys.path.append(folder)
+        module = types.ModuleType(name)
+        module.__file__ = str(self.path)
+        sys.modules[name] = module
+        exec(compile(self.source, str(self.path), "exec"), module.__dict__)
+        return module
+
+    def _call(self, function: Callable, *args: object):
+        """Call a function of the file, in the state of the process that the file has set.
+
+        Afterwards the process is in our state again. Exceptions become UnusableInput.
+        """
+        ours = _state()
+        if self.state is not None:
+            _set_state(self.state)
+        try:
+            return function(*args)
+        except (Exception, SystemExit) as error:
+            raise _fault(self.path, error) from None
+        finally:
+            self.state = _state()
+            _set_state(ours)
+
+
+def _state() -> dict:
+    """Return what a file may change for the whole process, and what our numbers depend on."""
+    return {
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "gradients": torch.is_grad_enabled(),
+        "threads": torch.get_num_threads(),
+        "folder": os.getcwd(),
+        "torch": torch.get_rng_state(),
+        "numpy": numpy.random.get_state(),
+        "python": random.getstate(),
+    }
+
+
+def _set_state(state: dict) -> None:
+    """Set what `_state` returned."""
+    torch.set_default_dtype(state["dtype"])
+    if torch.get_default_device() != state["device"]:       # to set it slows PyTorch down
+        torch.set_default_device(state["device"])
+    torch.set_grad_enabled(state["gradients"])
+    if torch.get_num_threads() != state["threads"]:
+        torch.set_num_threads(state["threads"])
+    os.chdir(state["folder"])
+    torch.set_rng_state(state["torch"])
+    numpy.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+
+
+def _is_taken(name: str, path: Path) -> bool:
+    """True if importing this name would give another file than this one."""
+    if not name.isidentifier():
+        return True
+    module = sys.modules.get(name)
+    if module is not None:
+        return getattr(module, "__file__", None) != str(path)
+    spec = importlib.util.find_spec(name)
+    return spec.origin is None or Path(spec.origin).resolve() != path.resolve()
+
+
+def hidden_neighbours(path: Path) -> list[str]:
+    """Return the files next to a reward file that have the name of a file of ours.
+
+    If the reward file imports such a name, it gets ours.
+    """
+    folder = path.resolve().parent
+    if folder == Path(__file__).parent.parent:
+        return []
+    return [f"{name}.py" for name in OURS if (folder / f"{name}.py").exists() and name != path.stem]
 
 
 def try_reward(file: RewardFile, encoding: tiktoken.Encoding, tokens: Tensor, prompt_tokens: int
@@ -76,32 +175,31 @@ def reward_of_texts(file: RewardFile, encoding: tiktoken.Encoding, prompt: Tenso
     numbers = []
     for start in range(0, P * K, BATCH):
         end = start + BATCH
-        numbers += _ask(file, prompts[start:end], responses[start:end])
+        numbers += file.ask(prompts[start:end], responses[start:end])
     return torch.tensor(numbers, dtype=torch.float64, device=response.device).view(P, K)
 
 
-def _ask(file: RewardFile, prompts: list[str], responses: list[str]) -> list[float]:
-    """Return the rewards of one batch, checked and converted to float."""
-    try:
-        found = file.function(list(prompts), list(responses))
-        # a dictionary, a set or a string can be iterated as well
-        iterable = hasattr(found, "__iter__") or hasattr(found, "__getitem__")
-        if isinstance(found, (dict, set, str, bytes)) or not iterable:
-            raise TypeError(f"want a sequence of numbers, got a {type(found).__name__}")
-        found = list(found)
-    except (Exception, SystemExit) as error:
-        raise _fault(file.path, error) from None
-    if len(found) != len(responses):
-        raise UnusableInput(f"--reward {file.path}: want {len(responses)} numbers, got "
-                            f"{len(found)}")
-    return [_number(file.path, x) for x in found]
+def _check_sequence(found: object) -> None:
+    """Raise TypeError unless this is a sequence with one entry for each response."""
+    # a dictionary, a set or a string can be iterated as well; iterating a table gives its columns
+    iterable = hasattr(found, "__iter__") or hasattr(found, "__getitem__")
+    if isinstance(found, (dict, set, str, bytes)) or not iterable or hasattr(found, "columns"):
+        raise TypeError(f"want a sequence of numbers, got a {type(found).__name__}")
+    dimensions = getattr(found, "ndim", 1)
+    if dimensions != 1:
+        raise TypeError(f"want one number for each response, got a {type(found).__name__} of shape "
+                        f"{tuple(found.shape)}")
+    # in a masked array, a missing value would be read as a number
+    if numpy.ma.is_masked(found):
+        raise TypeError("want one number for each response, got masked values")
 
 
 def _number(path: Path, x: object) -> float:
     """Convert a bool, int, float or one-element tensor to float."""
     try:
-        x = x.item() if hasattr(x, "item") else x
-    except (RuntimeError, ValueError):                  # more than one number
+        if getattr(x, "ndim", 0) == 0 and hasattr(x, "item") and not numpy.ma.is_masked(x):
+            x = x.item()
+    except (RuntimeError, ValueError):                  # a tensor without data
         pass
     # not nan, not infinite, and small enough that its square is a finite float
     if isinstance(x, (bool, int, float)) and abs(x) <= LARGEST:
@@ -119,15 +217,3 @@ def _fault(path: Path, error: BaseException) -> UnusableInput:
     place = path if line is None else f"{path}:{line}"
     text = " ".join(str(error).split())
     return UnusableInput(f"--reward: {type(error).__name__}: {text} ({place})")
-
-
-def count_rewards(settings: dict, text, n: int) -> int:
-    """Return how many responses a run judges in all, if no stage is finished yet."""
-    prompts = len(text.prompts)
-    held_out = len(text.held_prompts)
-    tried = 2
-    sampled = prompts * settings["m"] + 2 * held_out * settings["m_eval"]
-    trained = settings["steps"] * min(settings["batch"], prompts) * settings["k"]
-    evaluated = held_out * settings["k_eval"]
-    shown = min(8, held_out) * (1 + n + 1)                      # in samples.txt
-    return tried + sampled + trained + evaluated + shown

@@ -6,7 +6,6 @@ The processes share the prompts of each update, and all sampling. Only the first
 writes finished stages and results, and prints. Without torchrun there is one process, and every
 function here does nothing or returns its argument.
 """
-import argparse
 import os
 import sys
 from collections.abc import Iterable
@@ -79,12 +78,12 @@ def silence_others() -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
-def check_same_arguments(args: argparse.Namespace) -> None:
-    """Raise UnusableInput if the processes have different arguments: they would wait for ever."""
-    arguments = from_all_processes({rank(): vars(args)})
-    for other, values in arguments.items():
-        if values != arguments[0]:
-            raise UnusableInput(f"process {other} has other arguments than process 0")
+def check_same(what: str, value: object) -> None:
+    """Raise UnusableInput if the processes have different values; waits for the others."""
+    values = from_all_processes({rank(): value})
+    for other, theirs in values.items():
+        if theirs != values[0]:
+            raise UnusableInput(f"process {other} has other {what} than process 0")
 
 
 def my_share(rows: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import time
 import torch
 from torch import Tensor
 
-from model import GPT, lm_loss
+from model import GPT, lm_loss, response_mask
 from support.code import read_source
 from support.inputs import Inputs
 from support.kept import model_content
@@ -38,7 +38,7 @@ def train_reference(initial: GPT, tokens: Tensor, unseen_tokens: Tensor,
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lm_lr, betas=(0.9, 0.95),
                                   weight_decay=0.01, fused=True)
     order = seeded_generator("cpu", "reviews", seed)
-    began = time.time()
+    began = time.monotonic()
     for step in range(settings.lm_steps):
         # the learning rate rises for 20 steps, then falls along a cosine
         warmup = (step + 1) / 20
@@ -50,10 +50,15 @@ def train_reference(initial: GPT, tokens: Tensor, unseen_tokens: Tensor,
         loss.backward()
         optimizer.step()
         show_progress("reference model", step + 1, settings.lm_steps, began)
+    nats = 0.0
+    count = 0
     with torch.no_grad():
-        parts = unseen_tokens.split(64)
-        nats = [lm_loss(model, part.to(device)).item() for part in parts]
+        for part in unseen_tokens.split(64):
+            # each part counts by its number of tokens
+            predicted = response_mask(part, model.eot)[:, 1:].sum().item()
+            nats += predicted * lm_loss(model, part.to(device)).item()
+            count += predicted
     # The policy will be a copy of this model. So far, input embedding and output head share their
     # weights. The policy's head must be able to change without changing the embedding.
     model.untie_head()
-    return model_content(model) | {"nats": sum(nats) / len(nats)}
+    return model_content(model) | {"nats": nats / count}

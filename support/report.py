@@ -1,8 +1,11 @@
 """What a person reads and looks at: the table, progress lines, sampled responses, the picture."""
+import contextlib
 import io
+import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -35,7 +38,9 @@ def print_table(rows: list[dict], ref_rewards: Tensor) -> None:
         print(line + f"{row['positive']:9.2f}{row['samples_per_answer']:8}")
     n = rows[0]["n"]
     kl, win = vbon.bon_attains(ref_rewards, n)
-    print(f"{f'theory, n = {n}':21}{win:6.3f}{kl:14.3f}{0:14.3f}")
+    # with rare successes and a large n, too few samples are left to estimate a KL
+    kl = "" if math.isnan(kl) else f"{kl:.3f}"
+    print(f"{f'theory, n = {n}':21}{win:6.3f}{kl:>14}{0:14.3f}")
     ties = share_of_ties(ref_rewards)
     if ties == 1:
         print("\n" + CONSTANT_REWARD)
@@ -57,7 +62,7 @@ def share_of_ties(rewards: Tensor) -> float:  # (P, M)
 def show_progress(label: str, done: int, total: int, began: float, stats: dict | None = None
                   ) -> None:
     """Print a progress line: one line that changes in a terminal, four lines in all in a file."""
-    spent = time.time() - began
+    spent = time.monotonic() - began
     live = sys.stdout.isatty()
     quarter = done * 4 // total > (done - 1) * 4 // total
     if not live and not quarter:
@@ -87,16 +92,21 @@ def sample_text(world, prompts: Tensor, models: list, length: int, seed: int) ->
     encoding = world.text.encoding
     prompts = prompts.to(world.reference.wte.weight.device)
     room = models[0][1].config["block_size"] - prompts.shape[1]
-    blocks = [[decode(encoding, prompt) + " ..."] for prompt in prompts.tolist()]
+    blocks = [[one_line(decode(encoding, prompt)) + " ..."] for prompt in prompts.tolist()]
     for name, model, n in models:
         generator = seeded_generator(prompts.device, "answers", seed)
         response, _ = model.sample(prompts, n, min(length, room), generator)
         reward = world.reward(prompts, response).cpu()
         best = vbon.best_of_n(reward, seeded_generator("cpu", "answers", seed)).tolist()
         for i, j in enumerate(best):
-            words = decode(encoding, response[i, j].tolist())
+            words = one_line(decode(encoding, response[i, j].tolist()))
             blocks[i].append(f"  {name:<12}{reward[i, j]:+6.2f}  ...{words}")
     return "\n".join("\n".join(block) for block in blocks) + "\n"
+
+
+def one_line(text: str) -> str:
+    """Return a text with its line breaks written as \\n, so that it stays in its row."""
+    return "\\n".join(text.splitlines())
 
 # ------------------------------------------------------------------------------ the picture
 
@@ -107,10 +117,14 @@ def plot_run(path: Path, rows: list[dict], rewards: list[Tensor], ref_rewards: T
     rows and rewards: of the reference, of best-of-n and of the policy. ref_rewards (P, M) estimate
     F there. history: one dictionary an update, with "kl_ref" and "win_rate".
     """
-    pyplot = plain_pyplot()
-    n = rows[1]["n"]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    with figure(path, 2, (11, 4.2)) as (left, right):
+        plot_rewards(left, rows, rewards)
+        plot_path(right, rows, ref_rewards, history)
 
+
+def plot_rewards(axes, rows: list[dict], rewards: list[Tensor]) -> None:
+    """Plot histograms of rewards, and their means."""
+    n = rows[1]["n"]
     labels = ("reference, 1 sample", f"best of {n}, {n} samples", "vBoN, 1 sample")
     colors = ("0.6", "tab:blue", "tab:red")
     low = rewards[0].min().item() - 0.1
@@ -119,35 +133,38 @@ def plot_run(path: Path, rows: list[dict], rewards: list[Tensor], ref_rewards: T
     # the means of best-of-n and vBoN may coincide: one line is above, the other below
     spans = ((0, 1), (0.5, 1), (0, 0.5))
     for row, reward, label, color, span in zip(rows, rewards, labels, colors, spans):
-        left.hist(reward.flatten().tolist(), bins, density=True, histtype="step", lw=2, color=color,
+        axes.hist(reward.flatten().tolist(), bins, density=True, histtype="step", lw=2, color=color,
                   label=label)
-        left.axvline(row["reward"], *span, color=color, ls=":", lw=2)
-    left.set(xlabel="reward of a response (dotted: mean)", ylabel="density",
+        axes.axvline(row["reward"], *span, color=color, ls=":", lw=2)
+    axes.set(xlabel="reward of a response (dotted: mean)", ylabel="density",
              title="Rewards on held-out prompts")
-    left.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="upper left")
 
+
+def plot_path(axes, rows: list[dict], ref_rewards: Tensor, history: list[dict]) -> None:
+    """Plot KL and win rate of the policy during training, along the curve of best-of-n."""
     # best-of-n for every n, from the reference samples alone
+    n = rows[1]["n"]
     policy = rows[2]
     curve = [vbon.bon_attains(ref_rewards, i) for i in range(1, 3 * n + 1)]
-    right.plot([kl for kl, _ in curve], [win for _, win in curve], ".-", color="tab:blue", lw=1,
-               label="best of 1, 2, 3, ..., in theory")
+    axes.plot([kl for kl, _ in curve], [win for _, win in curve], ".-", color="tab:blue", lw=1,
+              label="best of 1, 2, 3, ..., in theory")
     for i in sorted({max(1, n // 2), n, 2 * n}):
-        right.annotate(f"{i}", curve[i - 1], (-4, 8), textcoords="offset points", ha="right",
-                       color="tab:blue")
+        axes.annotate(f"{i}", curve[i - 1], (-4, 8), textcoords="offset points", ha="right",
+                      color="tab:blue")
     # single updates are noisy: the path is plotted as means of a dozen groups of them
     kl = group_means([step["kl_ref"] for step in history])
     win = group_means([step["win_rate"] for step in history])
-    right.plot(kl, win, ".-", color="tab:red", lw=1, alpha=0.5, label="vBoN during training")
-    right.plot(policy["kl_ref"], policy["win_rate"], "D", color="tab:red", ms=7,
-               label="vBoN, trained")
-    right.plot(*curve[n - 1], "o", color="tab:blue", ms=10, mfc="none", mew=2, label=f"best of {n}")
-    right.set(xlabel="KL to the reference, nats per response", ylabel="win rate over the reference",
+    axes.plot(kl, win, ".-", color="tab:red", lw=1, alpha=0.5, label="vBoN during training")
+    axes.plot(policy["kl_ref"], policy["win_rate"], "D", color="tab:red", ms=7,
+              label="vBoN, trained")
+    best = rows[1]
+    axes.plot(best["kl_ref"], best["win_rate"], "o", color="tab:blue", ms=10, mfc="none", mew=2,
+              label=f"best of {n}")
+    axes.set(xlabel="KL to the reference, nats per response", ylabel="win rate over the reference",
               title="The policy's path during training",
-              xlim=(-0.03, 2 * curve[n - 1][0] + 0.1))
-    right.legend(frameon=False, loc="lower right")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, path)
+              xlim=(-0.03, 2 * best["kl_ref"] + 0.1))
+    axes.legend(frameon=False, loc="lower right")
 
 
 def group_means(values: list[float], groups: int = 12) -> list[float]:
@@ -160,22 +177,35 @@ def group_means(values: list[float], groups: int = 12) -> list[float]:
     return means
 
 
-def plain_pyplot():
-    """Import matplotlib.pyplot, without a window and with matplotlib's own defaults.
+@contextlib.contextmanager
+def figure(path: Path, columns: int, size: tuple[float, float]) -> Iterator[list]:
+    """Make a figure with axes side by side, and write it as PNG at the end of the `with` block.
 
-    A notebook or a matplotlibrc may have changed them. The import is here, so that --help need not
-    wait for it.
+    matplotlib's settings are its own defaults here, and afterwards those of the caller again: a
+    notebook may have changed them. The import is here, so that --help need not wait for it.
     """
-    os.environ["MPLBACKEND"] = "agg"
-    from matplotlib import pyplot
-    pyplot.rcdefaults()
-    return pyplot
-
-
-def save_figure(figure, path: Path) -> None:
-    """Write a figure as PNG, and close it."""
-    from matplotlib import pyplot
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    pyplot.close(figure)
+    matplotlib = _import_matplotlib()
+    from matplotlib.figure import Figure
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        whole = Figure(figsize=size, layout="constrained")
+        axes = whole.subplots(1, columns)
+        yield axes
+        for one in axes:
+            one.spines[["top", "right"]].set_visible(False)
+        picture = io.BytesIO()
+        whole.savefig(picture, format="png", dpi=120)
     write_whole(path, picture.getvalue())
+
+
+def _import_matplotlib():
+    """Import matplotlib, also where MPLBACKEND names a backend that is not installed."""
+    backend = os.environ.pop("MPLBACKEND", None)
+    import matplotlib
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
+        try:
+            matplotlib.rcParams["backend"] = backend
+        except ValueError:                              # not installed; we need none
+            pass
+    return matplotlib

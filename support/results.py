@@ -1,7 +1,6 @@
 """What a run leaves: the lines of results.jsonl, and trained models as Hugging Face folders."""
 import argparse
 import json
-import shutil
 import uuid
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from model import GPT
 from support.code import code_of_module
 from support.digest import digest, weights
 from support.errors import UnusableInput, read_json
-from support.files import lock, write_whole
+from support.files import lock, replace_folder, write_whole
+from support.huggingface import save_generation_config
 from support.processes import rank
 from support.tokenizer import save_tokenizer
 
@@ -103,27 +103,25 @@ def check_folders(args: argparse.Namespace, folders: list[Path]) -> None:
 def export_model(folder: Path, model: GPT, encoding: tiktoken.Encoding, row: dict) -> None:
     """Write a Hugging Face folder: model, tokenizer, and settings.json with the settings of `row`.
 
-    The folder is written under a temporary name and then renamed. It replaces an older one.
+    With its generation_config.json, transformers samples from the model's own distribution.
+
+    The folder is written under a temporary name next to it, and then renamed. It replaces an older
+    one.
     """
     if rank() != 0:
         return
-    new = _temporary_name(folder)
+    out = folder.parent
+    folder = folder.resolve()                           # it may be a link to another disk
+    new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
     model.save_pretrained(new)
-    save_tokenizer(encoding, new)
+    save_tokenizer(encoding, new, model.config["block_size"])
+    save_generation_config(new, model, row["prompt_tokens"] + row["length"])
     settings = settings_of(row) | {"weights": digest(weights(model))}
     content = json.dumps(settings, indent=2) + "\n"
     (new / "settings.json").write_text(content, encoding="utf-8")
-    with lock(folder.parent):
+    with lock(out):
         if folder.exists():
             if read_json(folder / "settings.json").get("weights") != settings["weights"]:
-                print(f"  {folder} was made with other settings: it is replaced\n"
+                print(f"  {out / folder.name} was made with other settings: it is replaced\n"
                       f"  (the command that made it makes it again)")
-            old = _temporary_name(folder)
-            folder.replace(old)
-            shutil.rmtree(old)
-        new.replace(folder)
-
-
-def _temporary_name(folder: Path) -> Path:
-    """Return an unused name in the cache, where everything may be deleted at any time."""
-    return folder.parent / "cache" / f"{folder.name}.{uuid.uuid4().hex}.part"
+        replace_folder(new, folder)

@@ -114,7 +114,7 @@ def _graded(rng: random.Random, table: dict[int, str], mood: float) -> tuple[str
 
 MIN_REVIEWS = 100                                       # of each label
 LONGEST = 2000                                          # characters of a review that are used
-LINE_BREAK = re.compile(r"<\s*/?\s*br\s*/?\s*>", re.IGNORECASE)
+LINE_BREAK = re.compile(r"<\s*/?\s*br\b[^>]*>", re.IGNORECASE)      # <br>, <BR clear="all">, ...
 
 
 def load_reviews(folder: str | Path, labelled: bool = True) -> list[Review]:
@@ -127,9 +127,14 @@ def load_reviews(folder: str | Path, labelled: bool = True) -> list[Review]:
     """
     root = Path(folder)
     if root.is_file():
-        raise UnusableInput(f"--data {folder}: a file; give its folder")
+        raise UnusableInput(f"--data {folder}: a file; want a folder with pos.txt and neg.txt, one "
+                            f"plain text a line")
     if not root.is_dir():
         raise UnusableInput(f"--data {folder}: no such folder")
+    try:
+        list(root.iterdir())
+    except OSError as error:
+        raise UnusableInput(f"--data {folder}: {error.strerror}") from None
     if not labelled and (root / "prompts.txt").is_file():
         texts = list(_read_texts(root, "prompts").values())
         if len(texts) < MIN_REVIEWS:
@@ -156,6 +161,8 @@ def _read_texts(root: Path, name: str) -> dict[str, str]:
     texts = {}
     one_file = root / f"{name}.txt"
     files = [file for file in sorted((root / name).glob("*.txt")) if file.name[0] != "."]
+    if files and one_file.is_file():
+        raise UnusableInput(f"--data {root}: both {name}.txt and {name}/*.txt; move one away")
     if not files and not one_file.is_file():
         raise UnusableInput(f"--data {root}: want {name}.txt, one review a line, or {name}/*.txt, "
                             f"one review a file; with --reward, prompts.txt is enough")
@@ -163,9 +170,15 @@ def _read_texts(root: Path, name: str) -> dict[str, str]:
         found = [read_text(file) for file in files]
     else:
         found = read_text(one_file).split("\n")
+        if found[0].lstrip().startswith(("{\"", "[{\"")):
+            raise UnusableInput(f"{one_file}: the first line looks like JSON; want plain text")
     for text in found:
-        text = LINE_BREAK.sub(" ", text)
-        text = " ".join(text.split())[:LONGEST]
+        text = normalise(text)[:LONGEST]
         if text:
             texts.setdefault(text.casefold(), text)
     return texts
+
+
+def normalise(text: str) -> str:
+    """Replace HTML line breaks and white space by single spaces, without any at the ends."""
+    return " ".join(LINE_BREAK.sub(" ", text).split())

@@ -41,7 +41,7 @@ def make_text(inputs: Inputs, settings, seed: int) -> Text:
 
     # the prompts of all reviews, each once, in the order of the reviews
     starts = tokens[:, :settings.prompt_tokens].tolist()
-    distinct = dict.fromkeys(tuple(ids) for ids in starts if encoding.eot_token not in ids)
+    distinct = dict.fromkeys(tuple(ids) for ids in starts if is_prompt(encoding, ids))
     prompts = torch.tensor(list(distinct))
     held = min(settings.held_prompts, len(prompts) // 4)
     if held < 2:
@@ -51,3 +51,14 @@ def make_text(inputs: Inputs, settings, seed: int) -> Text:
     unseen = max(16, len(reviews) // 20)
     return Text(encoding, tokens[unseen:], labels[unseen:], tokens[:unseen], labels[:unseen],
                 prompts[held:last], prompts[:held])
+
+
+def is_prompt(encoding: tiktoken.Encoding, ids: list[int]) -> bool:
+    """True if these tokens are the start of a longer text, and end with a complete character."""
+    if encoding.eot_token in ids:
+        return False
+    try:
+        encoding.decode_bytes(ids).decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -106,7 +106,9 @@ def pretrained_encoding(source: str | Path) -> tiktoken.Encoding:
     if str(source) in PRETRAINED:
         return tiktoken.get_encoding("gpt2")
     folder = Path(source)
-    if not (folder / "vocab.json").exists() and (folder / "tokenizer.json").exists():
+    _check_tokenizer_config(folder / "tokenizer_config.json")
+    # where both are, other libraries read tokenizer.json
+    if (folder / "tokenizer.json").exists():
         return _read_tokenizer(folder / "tokenizer.json")
     vocabulary = read_json(folder / "vocab.json")
     lines = read_text(folder / "merges.txt").split("\n")
@@ -123,23 +125,60 @@ def _read_tokenizer(path: Path) -> tiktoken.Encoding:
         model = content["model"]
         if model["type"] != "BPE":
             raise UnusableInput(f"{path}: want byte-level BPE, got {model['type']}")
+        _check_plain(path, content)
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         vocabulary = dict(model["vocab"])
         for token in content["added_tokens"]:
             vocabulary[token["content"]] = token["id"]
-        words = content["pre_tokenizer"]
-        name = None
-        if words["type"] == "ByteLevel" and words.get("use_regex", True):
-            name = "gpt2"
-        for part in words.get("pretokenizers", []):
-            for known, pattern in PATTERNS.items():
-                if part["type"] == "Split" and part["pattern"].get("Regex") == pattern:
-                    name = known
+        name = _name_of_pattern(content["pre_tokenizer"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UnusableInput(f"{path}: not as expected: {type(error).__name__} {error}") from None
     if name is None:
         raise UnusableInput(f"{path}: pre_tokenizer: an unknown pattern of words")
     return make_encoding(_read_ranks(path, vocabulary, merges), name)
+
+
+def _name_of_pattern(words: dict) -> str | None:
+    """Return the name of the pattern that a pre_tokenizer splits by, or None for an unknown one."""
+    if words["type"] == "ByteLevel":
+        return "gpt2" if words.get("use_regex", True) and not words["add_prefix_space"] else None
+    parts = words["pretokenizers"]
+    if [part["type"] for part in parts] != ["Split", "ByteLevel"]:
+        return None
+    split, byte_level = parts
+    if split["behavior"] != "Isolated" or split["invert"]:
+        return None
+    if byte_level.get("use_regex", True) or byte_level["add_prefix_space"]:
+        return None
+    for name, pattern in PATTERNS.items():
+        if split["pattern"].get("Regex") == pattern:
+            return name
+    return None
+
+
+def _check_plain(path: Path, content: dict) -> None:
+    """Raise UnusableInput for anything in a tokenizer.json that changes ids, and that we lack."""
+    model = content["model"]
+    for name in ("normalizer", "truncation", "padding"):
+        if content.get(name) is not None:
+            raise UnusableInput(f"{path}: {name}: want none, got {str(content[name])[:60]}")
+    after = content.get("post_processor")
+    if after is not None and after["type"] != "ByteLevel":
+        raise UnusableInput(f"{path}: post_processor: {after['type']} adds tokens, want ByteLevel")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
+                 "ignore_merges"):
+        if model.get(name):
+            raise UnusableInput(f"{path}: model: {name} = {model[name]!r} is not supported")
+
+
+def _check_tokenizer_config(path: Path) -> None:
+    """Raise UnusableInput for settings of tokenizer_config.json that change ids, and that we lack."""
+    if not path.exists():
+        return
+    settings = read_json(path)
+    for name in ("add_prefix_space", "add_bos_token", "add_eos_token", "do_lower_case"):
+        if settings.get(name):
+            raise UnusableInput(f"{path}: {name} = {settings[name]!r} is not supported")
 
 
 def _read_ranks(path: Path, vocabulary: dict, merges: list) -> dict[bytes, int]:
@@ -176,8 +215,11 @@ def _read_ranks(path: Path, vocabulary: dict, merges: list) -> dict[bytes, int]:
     return ranks
 
 
-def save_tokenizer(encoding: tiktoken.Encoding, folder: str | Path) -> None:
+def save_tokenizer(encoding: tiktoken.Encoding, folder: str | Path, max_length: int | None = None
+                   ) -> None:
     """Write tokenizer.json, as transformers reads it; for GPT-2's pattern also its two old files.
+
+    max_length is the largest number of tokens of the model.
 
     tiktoken merges any two adjacent tokens whose joint bytes are a token. Hugging Face merges only
     listed pairs. So we list all splits of each token into two tokens, in the order of its id.
@@ -206,8 +248,17 @@ def save_tokenizer(encoding: tiktoken.Encoding, folder: str | Path) -> None:
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
     }
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END,
-                "clean_up_tokenization_spaces": False}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END, "eos_token": END, "unk_token": END, "pad_token": END,
+        # prompts of a batch end together, so that responses begin together
+        "padding_side": "left",
+        # GPT-2 has no token types; if transformers 4 returned some, it would add embeddings for them
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+    }
+    if max_length is not None:
+        settings["model_max_length"] = max_length
     files = {"tokenizer.json": json.dumps(content), "tokenizer_config.json": json.dumps(settings)}
     if encoding.name == "gpt2":
         # these files hold one merge for each token

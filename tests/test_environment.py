@@ -54,7 +54,7 @@ def test_processes_with_other_arguments_are_refused(monkeypatch):
     other = vars(parser.parse_args(["--n", "8"]))
     monkeypatch.setattr(processes, "from_all_processes", lambda mine: mine | {1: other})
     with pytest.raises(UnusableInput, match="process 1 has other arguments"):
-        processes.check_same_arguments(parser.parse_args([]))
+        processes.check_same("arguments", vars(parser.parse_args([])))
 
 
 ADD = """

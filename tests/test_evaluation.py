@@ -1,5 +1,6 @@
 """The stages of train.py: what the evaluation says, and what is trained on."""
 import math
+import random
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from running import read_rows, run
 
 import train
 from experiments import theory
-from model import GPT
+from model import GPT, response_mask
 from support import kept
 from support.inputs import Inputs
 from support.options import make_parser
@@ -25,9 +26,10 @@ def test_metrics_by_hand():
     assert row["win_rate"] == pytest.approx((0.25 + 0.75 + 1 + 1 + 0.75 + 0) / 6)
     assert row["positive"] == pytest.approx(5 / 6)
     assert (row["kl_ref"], row["kl_ref_se"]) == (1, 0)
-    # no reference reward ties, so log π_bon - log π_ref = log(2 F + π_ref)
-    cdf = torch.tensor([2, 4, 5, 5, 4, 1]).double() / 5
-    log_ratio = (2 * cdf + torch.tensor(-9.0).double().exp()).log()
+    # no reference reward ties, so log π_bon - log π_ref = log(2 F + π_ref), where F + π_ref <= 1
+    p = torch.tensor(-9.0).double().exp()
+    cdf = torch.minimum(torch.tensor([2, 4, 5, 5, 4, 1]).double() / 5, 1 - p)
+    log_ratio = (2 * cdf + p).log()
     assert row["kl_bon"] == pytest.approx(1 - log_ratio.mean().item())
 
 
@@ -156,6 +158,36 @@ def test_the_reference_model_does_not_learn_from_held_out_reviews():
     for name, x in trained[0]["weights"].items():
         assert torch.equal(x, trained[1]["weights"][name])
     assert trained[0]["nats"] != trained[1]["nats"]     # but it is measured on them
+
+
+def test_the_perplexity_counts_each_token_once():
+    """65 texts are judged in parts of 64 and 1; the last one is odd."""
+    text, settings = quick_text()
+    odd = torch.full((1, 28), 7)
+    unseen = torch.cat([text.tokens[:64], odd])
+    initial = GPT(text.encoding.n_vocab, 28, 1, 2, 16)
+    trained = train_reference(initial, text.tokens, unseen, settings.reference, 0)
+    model = kept.rebuild_model(trained, torch.device("cpu"))
+    nats = -model.logprob(unseen[:, :1], unseen[:, None, 1:]).double().sum().item()
+    tokens = response_mask(unseen, text.encoding.eot_token)[:, 1:].sum().item()
+    assert trained["nats"] == pytest.approx(nats / tokens, rel=1e-4)
+
+
+@pytest.mark.parametrize("first", ["à", "一", "🌀"])
+def test_a_prompt_ends_with_a_complete_character(first):
+    """Of two, three and four bytes."""
+    rng = random.Random(0)
+    reviews = []
+    for i in range(600):
+        letters = [chr(ord(first) + rng.randrange(200)) for _ in range(9)]
+        reviews.append(("".join(letters), i % 2))
+    text, _ = quick_text(reviews)
+    inside = 0
+    for ids in text.tokens[:, :4].tolist():
+        inside += "\ufffd" in text.encoding.decode(ids)
+    assert inside > 100                                 # many texts are cut inside a character
+    for ids in torch.cat([text.prompts, text.held_prompts]).tolist():
+        assert "\ufffd" not in text.encoding.decode(ids)
 
 
 def test_the_learning_rate_is_constant_for_half_of_the_updates_and_then_falls():

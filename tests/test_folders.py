@@ -25,8 +25,8 @@ def test_both_models_are_left_with_their_settings(finished_run):
     for name, row in ((REFERENCE, rows[0]), (POLICY, rows[2])):
         folder = finished_run / name
         files = {path.name for path in folder.iterdir()}
-        assert files == {"config.json", "model.safetensors", "tokenizer.json",
-                         "tokenizer_config.json", "settings.json"}
+        assert files == {"config.json", "generation_config.json", "model.safetensors",
+                         "tokenizer.json", "tokenizer_config.json", "settings.json"}
         # the line of the results file, without what was measured
         content = settings(folder)
         named = content.pop("weights")

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from test_model import small_gpt
+from test_tokenizer import write_vocabulary
 
 from model import GPT
 from support import huggingface
 from support.errors import UnusableInput
 from support.huggingface import download, read_config
+from support.inputs import load_pretrained
 
 # -------------------------------------------------------------------------------- GPT-2's own files
 
@@ -227,7 +229,7 @@ BAD_CONFIGS = [
     ("vocab_size", 1.5), ("n_positions", 10 ** 18), ("n_positions", 13),
     ("activation_function", "step"), ("activation_function", ["gelu"]),
     ("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False),
-    ("add_cross_attention", True), ("layer_norm_epsilon", 1e-6),
+    ("add_cross_attention", True), ("layer_norm_epsilon", 1e-6), ("n_inner", 32),
 ]
 
 
@@ -373,3 +375,30 @@ def test_openais_files_are_downloaded_once(tmp_path, monkeypatch):
     assert GPT.from_pretrained("gpt2").config["n_layer"] == 3
     assert GPT.from_pretrained("gpt2").config["n_layer"] == 3
     assert [url.rsplit("/", 1)[1] for url in asked] == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", None])
+def test_another_kind_of_model_is_named_first(tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
+    assert f"model_type = {kind!r}; only a GPT-2" in refusal(tmp_path)
+
+
+def test_the_usual_inner_width_is_accepted(tmp_path):
+    write_config(tmp_path, n_inner=64, model_type="gpt2")
+    assert read_config(tmp_path)["n_embd"] == 16
+
+
+def test_a_folder_for_downloads_that_cannot_be_made_is_said(monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: "/proc/nowhere")
+    with pytest.raises(UnusableInput, match="/proc/nowhere/vbon/gpt2: .*; set TORCH_HOME"):
+        GPT.from_pretrained("gpt2")
+
+
+def test_logits_that_are_not_finite_are_refused_before_any_work(tmp_path):
+    model = GPT(258, 12, n_embd=16, n_head=2)
+    for block in model.h:
+        block.mlp.c_fc.weight.data.fill_(1e30)
+    model.save_pretrained(tmp_path)
+    write_vocabulary(tmp_path, "ab")
+    with pytest.raises(UnusableInput, match="the logits of this model are not finite"):
+        load_pretrained(str(tmp_path))

@@ -14,6 +14,7 @@ import torch
 from running import HERE, read_rows, run
 
 import train
+from experiments import methods
 from model import GPT
 from support import kept
 from support.code import code_of_function
@@ -123,7 +124,7 @@ def test_an_edit_of_a_statement_repeats_what_it_can_change(file, old, new, repea
 
 HARMLESS = [
     ("vbon.py", "# (a) sample from the policy", "# a comment\n    # (a) sample from the policy"),
-    ("vbon.py", '"""The baseline b of (6)', '"""The baseline'),
+    ("vbon.py", '"""Return the baseline b of (6)', '"""The baseline'),
     ("vbon.py", "def win_rate(reward: Tensor, ref_rewards: Tensor) -> Tensor:",
      "def win_rate(reward, ref_rewards):"),
     ("model.py", "class MLP(nn.Module):", "\n\n# a comment\nclass MLP(nn.Module):"),
@@ -133,7 +134,7 @@ HARMLESS = [
     ("support/seeding.py", '"""Return a generator whose seed', '"""A generator whose seed'),
     ("support/options.py", "Print responses of the reference", "Responses of the reference"),
     ("support/report.py", "KLs in nats per response", "All KLs in nats"),
-    ("support/report.py", "figsize=(11, 4.2)", "figsize=(11, 4.0)"),
+    ("support/report.py", "2, (11, 4.2))", "2, (11, 4.0))"),
     ("support/results.py", '"""Append rows to results.jsonl.', '"""Add rows.'),
 ]
 
@@ -164,6 +165,14 @@ def test_reloaded_code_gets_a_new_name(file, old, new, repeated, program):
     program.edit(file, old, new)
     importlib.reload(sys.modules[file.removesuffix(".py")])
     assert program.run() == repeated
+
+
+def test_an_old_class_of_a_reloaded_file_is_refused(program):
+    """After a reload of model.py alone, train.py would go on with the old network."""
+    program.import_program()
+    importlib.reload(sys.modules["model"])
+    with pytest.raises(ValueError, match="was loaded again, but .* restart Python"):
+        program.run()
 
 # -------------------------------------------------------------------------- what a setting repeats
 
@@ -306,6 +315,79 @@ def test_the_code_of_a_function_is_all_that_it_uses_of_its_file():
         assert name in code
     assert "'other'" not in code
     assert "Used by" not in code                        # no docstrings
+
+
+CHANGED = """
+import math
+from math import sin as wave, cos
+from pathlib import Path
+
+A, B = 1, 2
+C: int = 3
+D = {}
+D["a"] = 4
+if A:
+    E = 5
+LEFT_OUT = 6
+
+
+def stage(x, y: float = 1.0) -> float:
+    total = A + C + D["a"] + E + wave(x)
+    return inner(total)
+
+
+def inner(x):
+    return [y for y in range(x)]
+
+
+def other(x):
+    return LEFT_OUT
+"""
+
+
+def code_of(source, folder):
+    """The code of `stage` in a file with this source."""
+    path = folder / "changed.py"
+    path.write_text(source, encoding="utf-8")
+    sys.modules.pop("changed", None)
+    importlib.invalidate_caches()
+    return code_of_function(importlib.import_module("changed").stage)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield tmp_path
+    sys.modules.pop("changed", None)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("A, B = 1, 2", "A, B = 9, 2"), ("C: int = 3", "C: int = 9"), ('D["a"] = 4', 'D["a"] = 9'),
+    ("E = 5", "E = 9"), ("sin as wave", "tan as wave"), ("y: float = 1.0", "y: float = 9.0"),
+    ("range(x)", "range(9)"), ("def inner(x):", "@str\ndef inner(x):")])
+def test_a_change_of_what_a_stage_uses_changes_its_code(old, new, folder):
+    assert CHANGED.count(old) == 1
+    assert code_of(CHANGED, folder) != code_of(CHANGED.replace(old, new), folder)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("LEFT_OUT = 6", "LEFT_OUT = 9"), (", cos\n", ", cos, exp\n"), ("import math\n", ""),
+    ("y: float = 1.0", "y: int = 1.0"), ("return LEFT_OUT", "return 9"),
+    ("    return inner(total)", "    # a comment\n    return inner(\n        total)")])
+def test_a_change_of_anything_else_does_not(old, new, folder):
+    assert CHANGED.count(old) == 1
+    assert code_of(CHANGED, folder) == code_of(CHANGED.replace(old, new), folder)
+
+
+def test_names_imported_from_train_are_followed_there():
+    """methods.py uses train.watch: its code is a part of each of its methods."""
+    assert "'win_rate'" in code_of_function(methods.bound_gradient)
+
+
+def test_decorators_are_seen_through(folder):
+    with_decorator = CHANGED.replace("def stage", "import torch\n@torch.no_grad()\ndef stage")
+    assert "no_grad" in code_of(with_decorator, folder)
 
 
 def test_a_generator_has_the_seed_of_its_names():

@@ -1,4 +1,5 @@
 """The network, sampling and scoring, adapters, and the loss of a language model."""
+import copy
 import math
 
 import pytest
@@ -203,3 +204,41 @@ def test_merging_adapters_keeps_the_function_and_the_names():
     assert torch.allclose(policy(some_tokens()), before, rtol=0, atol=1e-5)
     assert not torch.allclose(small_gpt()(some_tokens()), before, rtol=0, atol=1e-2)
     assert policy.state_dict().keys() == small_gpt().state_dict().keys()
+
+
+# ----------------------------------------------------------- what a caller would not notice is refused
+
+def test_a_tied_model_gets_no_adapters():
+    """The adapter of the head would not be on the embedding, though both are one weight."""
+    with pytest.raises(ValueError, match="call untie_head first"):
+        add_adapters(small_gpt(), 2, torch.Generator())
+
+
+def test_merging_a_copy_leaves_the_original_as_it_was():
+    policy, _ = adapted_gpt(3)
+    before = policy(some_tokens()).detach()
+    duplicate = copy.deepcopy(policy)
+    merge_adapters(duplicate)
+    assert torch.equal(policy(some_tokens()), before)
+    assert torch.allclose(duplicate(some_tokens()), before, rtol=0, atol=1e-5)
+    merge_adapters(policy)
+    assert torch.allclose(policy(some_tokens()), before, rtol=0, atol=1e-5)
+
+
+def test_after_the_prompt_only_one_token_at_a_time_is_right():
+    model = small_gpt()
+    cache = model.new_cache(5, 12)
+    model.states(some_tokens()[:, :4], cache)
+    with pytest.raises(ValueError, match="one token at a time"):
+        model.states(some_tokens()[:, 4:6], cache, 4)
+
+
+@pytest.mark.parametrize("use", [
+    lambda model, tokens: model(tokens),
+    lambda model, tokens: model.sample(tokens[:, :4], 2, 10),
+    lambda model, tokens: model.logprob(tokens[:, :4], tokens[:, None, :10]),
+    lambda model, tokens: model.states(tokens[:, :1], model.new_cache(5, 20), 12)])
+def test_more_tokens_than_there_are_positions_are_refused(use):
+    tokens = torch.cat([some_tokens(), some_tokens()[:, :1]], 1)        # 13, and 12 positions
+    with pytest.raises(ValueError, match="tokens; this model has room for 12"):
+        use(small_gpt(), tokens)

@@ -52,14 +52,20 @@ WRONG = [
     (["--out", "file"], "--out file: "),
     (["--data", "nowhere"], "--data nowhere: no such folder"),
     (["--data", "few"], "--data few: "),
-    (["--data", "file"], "--data file: a file; give its folder"),
+    (["--data", "file"], "--data file: a file; want a folder with pos.txt"),
     (["--data", "only-prompts"], "with --reward, prompts.txt is enough"),
     (["--prompt-tokens", "90"], "different prompts of 90 tokens, got 0; a shorter text has none"),
     (["--init", "small", "--length", "9"], "--length 9: the model of --init has room for 8"),
     (["--init", "nowhere"], "--init nowhere: no such folder"),
     (["--init", "other-vocabulary"], "the model has 50 tokens, its vocabulary 258"),
     (["--init", "no-room"], "no room"),
-    (["--sample", " "], "--sample: want some words"),
+    (["--sample", " "], "--sample is empty"),
+    (["--data", ""], "--data is empty"),
+    (["--reward", ""], "--reward is empty"),
+    (["--init", ""], "--init is empty"),
+    (["--out", ""], "--out is empty"),
+    (["--device", ""], "--device is empty"),
+    (["--out", "/proc/nowhere"], "--out /proc/nowhere: "),
     (["--sample", "words " * 99], "--sample: want fewer than 28 tokens"),
 ]
 
@@ -160,6 +166,12 @@ def test_an_own_prompt_trains_what_is_missing(tmp_path):
     assert "vBoN n=2 3/3" in printed
     assert "i watched this ...\n" in printed
     assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_an_own_prompt_is_normalised_as_the_texts_are():
+    encoding = train_tokenizer([], 257)                 # a token for each byte
+    ids = encode_prompt("  i\n watched<br />this ", encoding, 28)[0].tolist()
+    assert encoding.decode(ids) == "i watched this"
 
 
 def test_an_own_prompt_leaves_room_for_one_token_at_least():

@@ -9,7 +9,7 @@ import torch
 from running import HERE, read_rows, run
 
 from support.errors import UnusableInput
-from support.own_reward import load_reward, reward_of_texts, try_reward
+from support.own_reward import RewardFile, reward_of_texts, try_reward
 from support.results import METRICS
 from support.tokenizer import make_encoding
 
@@ -23,7 +23,8 @@ BODIES = {
     "numpy": "numpy.array([len(r) > 1 for r in responses])",
     "numpy float32": "numpy.array([len(r) > 1 for r in responses], dtype='float32')",
     "a tensor": "torch.tensor([float(len(r) > 1) for r in responses])",
-    "a column": "torch.tensor([[float(len(r) > 1)] for r in responses])",
+    "an array of objects": "numpy.array([len(r) > 1 for r in responses], dtype=object)",
+    "tensors in a tuple": "tuple(torch.tensor(float(len(r) > 1)) for r in responses)",
     "tensors of one number": "[torch.tensor(len(r) > 1) for r in responses]",
     "a generator": "(len(r) > 1 for r in responses)",
 }
@@ -38,7 +39,7 @@ def write(folder, body, before=""):
 
 def load(path):
     """The file, tried on two texts of three tokens, as at the start of a run."""
-    file = load_reward(path)
+    file = RewardFile(path)
     try_reward(file, ENCODING, torch.tensor([[97, 98, EOT], [98, 256, 99]]), 1)
     return file
 
@@ -65,7 +66,15 @@ FAULTS = {
     "infinity": ("[math.inf for r in responses]", "finite numbers, got 'inf'"),
     "an integer beyond all floats": ("[10 ** 400 for r in responses]", "finite numbers"),
     "complex numbers": ("[1j for r in responses]", "finite numbers"),
-    "rows of two": ("torch.zeros(len(responses), 2)", "finite numbers"),
+    "rows of two": ("torch.zeros(len(responses), 2)", r"a Tensor of shape \(2, 2\)"),
+    "a column": ("torch.zeros(len(responses), 1)", r"a Tensor of shape \(2, 1\)"),
+    "an array of two dimensions": ("numpy.zeros((2, 2))", r"a ndarray of shape \(2, 2\)"),
+    "one number": ("torch.tensor(1.0)", r"a Tensor of shape \(\)"),
+    "lists in a list": ("[[1.0] for r in responses]", "finite numbers, got .\\[1.0\\]"),
+    "tensors of one number in a list": ("[torch.zeros(1) for r in responses]", "finite numbers"),
+    "a missing value": ("numpy.ma.array([1.0, 2.0], mask=[True, False])", "got masked values"),
+    "a masked number": ("[numpy.ma.masked for r in responses]", "finite numbers, got '--'"),
+    "a table": ("type('Table', (list,), dict(columns=['a', 'b']))([0, 1])", "got a Table"),
     "an exit": ("exit(0)", "SystemExit: 0 .*:4"),
     "a dictionary": ("dict.fromkeys(range(2), 1.0)", "want a sequence of numbers, got a dict"),
     "a set": ("{1.0, 2.0}", "want a sequence of numbers, got a set"),
@@ -88,15 +97,15 @@ def test_what_is_no_reward_is_refused_in_one_line(tmp_path, body, says):
                                           ("exit(0)", "SystemExit: 0 .*:2")])
 def test_a_file_that_does_not_run_is_refused_with_its_line(tmp_path, before, says):
     with pytest.raises(UnusableInput, match=says):
-        load_reward(write(tmp_path, "[1.0 for r in responses]", before))
+        RewardFile(write(tmp_path, "[1.0 for r in responses]", before))
 
 
 def test_a_file_without_the_function_is_refused(tmp_path):
     (tmp_path / "own.py").write_text("reward = 3\n", encoding="utf-8")
     with pytest.raises(UnusableInput, match="want a function"):
-        load_reward(tmp_path / "own.py")
+        RewardFile(tmp_path / "own.py")
     with pytest.raises(UnusableInput, match="nowhere.py: No such file"):
-        load_reward(tmp_path / "nowhere.py")
+        RewardFile(tmp_path / "nowhere.py")
 
 
 def test_the_line_is_the_innermost_of_the_file_itself(tmp_path):
@@ -111,7 +120,7 @@ def test_the_line_is_the_innermost_of_the_file_itself(tmp_path):
 def test_texts_arrive_in_pairs_at_most_1024_at_a_time(tmp_path):
     before = "SEEN = []"
     body = "SEEN.append((prompts, responses)) or [len(r) for r in responses]"
-    file = load_reward(write(tmp_path, body, before))
+    file = RewardFile(write(tmp_path, body, before))
     seen = file.function.__globals__["SEEN"]
     seen.clear()
     prompt = torch.tensor([[97, 98], [99, 99]])
@@ -160,7 +169,7 @@ def test_a_constant_reward_is_said_to_teach_nothing(tmp_path):
 
 
 def test_the_largest_number_is_still_a_reward(tmp_path):
-    file = load_reward(write(tmp_path, "[-1e100, 1e100]"))
+    file = RewardFile(write(tmp_path, "[-1e100, 1e100]"))
     response = torch.full((1, 2, 2), EOT)
     assert reward_of_texts(file, ENCODING, torch.tensor([[97]]), response).tolist() == [
         [-1e100, 1e100]]
@@ -226,8 +235,8 @@ def test_prompts_without_labels_will_do(tmp_path):
 
 def test_the_examples_judge_as_they_say():
     folder = HERE / "experiments" / "rewards"
-    length = load_reward(folder / "length.py")
-    contains = load_reward(folder / "contains.py")
+    length = RewardFile(folder / "length.py")
+    contains = RewardFile(folder / "contains.py")
     texts = [" a superb film .", " it was worth every minute", ""]
     assert length.function(texts, texts) == [4, 5, 0]
     assert contains.function(texts, texts) == [True, True, False]

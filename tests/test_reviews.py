@@ -1,5 +1,6 @@
 """The built-in reviews, and reviews in folders."""
 import hashlib
+import os
 
 import pytest
 
@@ -142,3 +143,38 @@ def test_text_that_is_not_utf_8_is_refused_with_its_place(tmp_path):
     (tmp_path / "neg.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(UnusableInput, match=r"neg.txt: not UTF-8 text \(byte 3\)"):
         load_reviews(tmp_path)
+
+
+@pytest.mark.parametrize("mark", ['<BR clear="all">', "<br style='x'/>", "<br\tid=1 >"])
+def test_html_line_breaks_may_have_attributes(tmp_path, mark):
+    reviews = load_reviews(write_lines(tmp_path, PRAISE + [f"one{mark}two <brand> three"], BLAME))
+    assert ("one two <brand> three", 1) in reviews
+
+
+def test_two_layouts_at_once_are_refused(tmp_path):
+    write_files(tmp_path / "data", PRAISE, BLAME)
+    write_lines(tmp_path / "data", PRAISE, BLAME)
+    with pytest.raises(UnusableInput, match="both pos.txt and pos/"):
+        load_reviews(tmp_path / "data")
+
+
+@pytest.mark.parametrize("line", ['{"text": "good", "label": 1}', '  [{"text": 1}]'])
+def test_lines_of_json_are_refused(tmp_path, line):
+    write_lines(tmp_path, [line, *PRAISE], BLAME)
+    with pytest.raises(UnusableInput, match="looks like JSON; want plain text"):
+        load_reviews(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["reviews.csv", "reviews.jsonl"])
+def test_a_file_of_another_kind_is_refused_with_what_is_wanted(tmp_path, name):
+    (tmp_path / name).write_text("x", encoding="utf-8")
+    with pytest.raises(UnusableInput, match="a file; want a folder with pos.txt and neg.txt"):
+        load_reviews(tmp_path / name)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_without_permission_says_so(tmp_path):
+    write_lines(tmp_path / "data", PRAISE, BLAME)
+    (tmp_path / "data").chmod(0)
+    with pytest.raises(UnusableInput, match="Permission denied"):
+        load_reviews(tmp_path / "data")

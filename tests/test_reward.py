@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+import reward as reward_file
 from reward import Classifier, accuracy, train_classifier
 from support.reviews import builtin_reviews
 from support.tokenizer import encode, train_tokenizer
@@ -74,3 +75,24 @@ def test_the_accuracy_is_that_of_the_sign(learned):
     right = [(logit > 0) == (label == 1) for logit, label in zip(model(tokens), labels)]
     assert accuracy(model, tokens, labels) == pytest.approx(sum(right).item() / 500)
     assert accuracy(model, tokens, 1 - labels) == pytest.approx(1 - sum(right).item() / 500)
+
+
+def test_random_initial_weights_come_from_the_generator(monkeypatch):
+    """Of a reader's own classifier; and no random numbers of others are used up."""
+    class Other(Classifier):
+        def __init__(self, vocab_size):
+            super().__init__(vocab_size)
+            torch.nn.init.normal_(self.weight.weight)
+
+    monkeypatch.setattr(reward_file, "Classifier", Other)
+    tokens = torch.arange(40).view(8, 5)
+    labels = torch.arange(8) % 2
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        model = train_classifier(tokens, labels, 41, 2, torch.Generator().manual_seed(0))
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(model.weight.weight)
+    assert torch.equal(*found)
+    assert found[0].std() > 0.5

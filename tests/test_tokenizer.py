@@ -165,9 +165,14 @@ def test_a_saved_tokenizer_says_how_transformers_shall_use_it(saved):
         "decoder": byte_level,
     }
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    end = "<|endoftext|>"
     assert settings == {"tokenizer_class": "PreTrainedTokenizerFast",
-                        "clean_up_tokenization_spaces": False,
-                        "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+                        "clean_up_tokenization_spaces": False, "padding_side": "left",
+                        "model_input_names": ["input_ids", "attention_mask"],
+                        "bos_token": end, "eos_token": end, "unk_token": end, "pad_token": end}
+    save_tokenizer(encoding, folder, 28)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert settings["model_max_length"] == 28
 
 
 def test_all_splits_of_a_token_are_listed_in_the_order_of_ids(saved):
@@ -210,6 +215,10 @@ def test_a_tokenizer_with_gpt2s_pattern_leaves_the_old_files_too(tmp_path):
     assert again.encode_ordinary("abc ab") == [257, 32, 256]
 
 
+def pretokenizers(content):
+    return content["pre_tokenizer"]["pretokenizers"]
+
+
 CHANGES = {
     "another kind of model": lambda content: content["model"].update(type="WordPiece"),
     "an unknown pattern": lambda content: content["pre_tokenizer"].update(
@@ -223,6 +232,21 @@ CHANGES = {
                                                                       "id": 400}),
     "an end that is not last": lambda content: content["added_tokens"][0].update(id=0),
     "no pre_tokenizer": lambda content: content.update(pre_tokenizer=None),
+    "lower case": lambda content: content.update(normalizer={"type": "Lowercase"}),
+    "a normal form": lambda content: content.update(normalizer={"type": "NFKC"}),
+    "a space in front": lambda content: pretokenizers(content)[1].update(add_prefix_space=True),
+    "a second pattern": lambda content: pretokenizers(content)[1].update(use_regex=True),
+    "removed words": lambda content: pretokenizers(content)[0].update(behavior="Removed"),
+    "inverted words": lambda content: pretokenizers(content)[0].update(invert=True),
+    "single digits": lambda content: pretokenizers(content).append({"type": "Digits"}),
+    "tokens around a text": lambda content: content.update(
+        post_processor={"type": "TemplateProcessing", "single": []}),
+    "short texts": lambda content: content.update(truncation={"max_length": 4}),
+    "padded texts": lambda content: content.update(padding={"strategy": {"Fixed": 4}}),
+    "random merges": lambda content: content["model"].update(dropout=0.1),
+    "ends of words": lambda content: content["model"].update(end_of_word_suffix="</w>"),
+    "parts of words": lambda content: content["model"].update(continuing_subword_prefix="##"),
+    "whole words first": lambda content: content["model"].update(ignore_merges=True),
 }
 
 
@@ -240,3 +264,29 @@ def test_a_vocabulary_larger_than_its_merges_is_refused_with_both_sizes(saved):
     change_tokenizer(folder, lambda content: content["model"]["vocab"].update({"zzz": 400}))
     with pytest.raises(UnusableInput, match="401 tokens, but the merges make 400"):
         pretrained_encoding(folder)
+
+
+@pytest.mark.parametrize("name", ["add_prefix_space", "add_bos_token", "do_lower_case"])
+def test_settings_that_change_ids_are_refused(saved, name):
+    _, folder = saved
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(settings | {name: False}), encoding="utf-8")
+    pretrained_encoding(folder)
+    path.write_text(json.dumps(settings | {name: True}), encoding="utf-8")
+    with pytest.raises(UnusableInput, match=f"tokenizer_config.json: {name} = True"):
+        pretrained_encoding(folder)
+
+
+def test_a_tokenizer_json_goes_before_the_old_files(saved):
+    """Other libraries read it first, too."""
+    encoding, folder = saved
+    write_vocabulary(folder, "ab")
+    assert pretrained_encoding(folder).n_vocab == encoding.n_vocab
+
+
+@pytest.mark.parametrize("after", [None, {"type": "ByteLevel", "trim_offsets": False}])
+def test_what_changes_no_id_is_accepted(saved, after):
+    encoding, folder = saved
+    change_tokenizer(folder, lambda content: content.update(post_processor=after, normalizer=None))
+    assert pretrained_encoding(folder).n_vocab == encoding.n_vocab

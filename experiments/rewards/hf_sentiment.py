@@ -4,8 +4,7 @@
         --reward experiments/rewards/hf_sentiment.py
 
 It needs the transformers library. SENTIMENT_MODEL is a folder, or a name on the hub; the last of
-its labels must be the positive one. Another model in the same folder is not noticed by the
-cache: delete out/cache then.
+its labels must be the positive one.
 """
 import os
 
@@ -13,6 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 NAME = os.environ["SENTIMENT_MODEL"]
+DEPENDS_ON = NAME                                       # another model gives other rewards
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(NAME)
 model = AutoModelForSequenceClassification.from_pretrained(NAME).to(DEVICE).eval()
