@@ -93,7 +93,8 @@ def _check_at_least(least: int, flag: str, value: int | None) -> None:
 
 
 class _PatientOutput:
-    """Standard output that goes on when its reader has gone, as in `train.py | head -1`."""
+    """Standard output for long work: the program goes on when nobody can read it any more, as with
+    `train.py | head -1`, or on a full disk."""
 
     def __init__(self, stream: io.TextIOWrapper):
         self._stream = stream
@@ -110,8 +111,8 @@ class _PatientOutput:
     def _try(self, function: Callable, *args: str):
         try:
             return function(*args)
-        except BrokenPipeError:
-            # from now on, all goes to the null device
+        except OSError:
+            # from now on, everything goes to the null device
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 

@@ -162,9 +162,11 @@ def _check_plain(path: Path, content: dict) -> None:
     for name in ("normalizer", "truncation", "padding"):
         if content.get(name) is not None:
             raise UnusableInput(f"{path}: {name}: want none, got {str(content[name])[:60]}")
-    after = content.get("post_processor")
-    if after is not None and after["type"] != "ByteLevel":
-        raise UnusableInput(f"{path}: post_processor: {after['type']} adds tokens, want ByteLevel")
+    after = content.get("post_processor") or {"type": "ByteLevel"}
+    for part in after.get("processors", [after]):
+        is_plain = part["type"] == "TemplateProcessing" and part["special_tokens"] == {}
+        if part["type"] != "ByteLevel" and not is_plain:
+            raise UnusableInput(f"{path}: post_processor: {part['type']} adds tokens")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
                  "ignore_merges"):
         if model.get(name):

@@ -1,6 +1,10 @@
 """--reward FILE.py: numbers of all kinds come in right, faults are told in one line."""
 import itertools
 import math
+import os
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -247,3 +251,130 @@ def test_a_model_may_be_taken_as_it_is(tmp_path):
     assert run(*train_it, "--lm-steps", 0, cwd=tmp_path)[0] == 0
     rows = read_rows(tmp_path / "out")
     assert {(row["lm_steps"], row["prompt_tokens"], row["length"]) for row in rows} == {(0, 2, 3)}
+
+
+# ------------------------------------------------------------------- the process of a reward's file
+
+STATE = """
+import os, random, numpy, torch
+torch.set_default_dtype(torch.float64)
+torch.set_grad_enabled(False)
+torch.set_num_threads(1)
+torch.manual_seed(3)
+random.seed(4)
+numpy.random.seed(5)
+os.makedirs("elsewhere", exist_ok=True)
+os.chdir("elsewhere")
+CALLS = []
+
+def reward(prompts, responses):
+    # its own settings still hold
+    assert torch.get_default_dtype() == torch.float64 and not torch.is_grad_enabled()
+    assert os.getcwd().endswith("elsewhere")
+    CALLS.append([random.random(), numpy.random.random(), torch.rand(1, device='cpu').item()])
+    torch.set_default_device("meta")
+    return [response.count("e") for response in responses]
+"""
+
+
+def test_a_reward_that_changes_the_process_changes_no_number(tmp_path):
+    plain = write(tmp_path, "[response.count('e') for response in responses]")
+    assert run("--quick", "--n", 2, "--reward", plain, cwd=tmp_path)[0] == 0
+    (tmp_path / "odd.py").write_text(STATE, encoding="utf-8")
+    args = ("--quick", "--n", 2, "--reward", tmp_path / "odd.py", "--out", "odd")
+    code, _, error = run(*args, cwd=tmp_path)
+    assert (code, error) == (0, "")
+    for one, two in zip(read_rows(tmp_path / "out"), read_rows(tmp_path / "odd")):
+        assert {key: one[key] for key in METRICS[:-1]} == {key: two[key] for key in METRICS[:-1]}
+
+
+def test_a_reward_has_its_own_random_numbers(tmp_path):
+    (tmp_path / "odd.py").write_text(STATE, encoding="utf-8")
+    before = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        file = RewardFile("odd.py")
+        ours = [random.random(), torch.rand(1).item()]
+        state = random.getstate(), torch.get_rng_state()
+        for _ in range(3):
+            file.ask(["a"], ["e"])
+        assert random.getstate() == state[0]
+        assert torch.equal(torch.get_rng_state(), state[1])
+    finally:
+        os.chdir(before)
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.get_default_device().type == "cpu"
+    calls = file.function.__globals__["CALLS"]
+    assert len({tuple(call) for call in calls}) == 3        # they go on from call to call
+    g = torch.Generator().manual_seed(3)
+    assert calls[0][2] == torch.rand(1, generator=g, dtype=torch.float64).item()
+    assert len(ours) == 2
+
+
+WORKERS = """
+import multiprocessing
+
+def one(response):
+    return response.count("e")
+
+def reward(prompts, responses):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.map(one, responses)
+"""
+
+
+@pytest.mark.parametrize("name", ["mine.py", "reward.py", "random.py", "my-reward.v2.py"])
+def test_a_reward_may_start_processes_that_import_it(name, tmp_path):
+    """Also under the name of one of our files, or one that is no name of a module."""
+    (tmp_path / name).write_text(WORKERS, encoding="utf-8")
+    program = ("import sys; from support.own_reward import RewardFile\n"
+               "if __name__ == '__main__':\n"
+               "    print(RewardFile(sys.argv[1]).ask(['', ''], ['a', 'e']))\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "start.py").write_text(program, encoding="utf-8")
+    done = subprocess.run([sys.executable, tmp_path / "folder" / "start.py", tmp_path / name],
+                          env=os.environ | {"PYTHONPATH": str(HERE)}, capture_output=True, text=True,
+                          timeout=60)
+    assert done.stdout == "[0.0, 1.0]\n", done.stderr
+
+
+def test_what_a_reward_depends_on_is_printed_and_names_its_rewards(tmp_path, monkeypatch):
+    before = "import os\nDEPENDS_ON = os.environ['MODEL'], 3"
+    path = write(tmp_path, "[len(r) for r in responses]", before)
+    counts = []
+    for name in ("small", "large", "small"):
+        monkeypatch.setenv("MODEL", name)
+        code, printed, _ = run("--quick", "--n", 2, "--reward", path, cwd=tmp_path)
+        assert code == 0
+        assert f"own.py (depends on ('{name}', 3)) will judge" in printed
+        counts.append(len(list((tmp_path / "out/cache").glob("samples-training-*"))))
+    assert counts == [1, 2, 2]
+
+
+def test_comments_in_a_reward_do_not_matter(tmp_path):
+    path = write(tmp_path, "[len(r) for r in responses]")
+    assert run("--quick", "--n", 2, "--reward", path, cwd=tmp_path)[0] == 0
+    names = {path.name for path in (tmp_path / "out/cache").iterdir()}
+    path.write_text('"""Short is good."""\n' + path.read_text(encoding="utf-8") + "# the end\n",
+                    encoding="utf-8")
+    assert run("--quick", "--n", 2, "--reward", path, cwd=tmp_path)[0] == 0
+    assert {path.name for path in (tmp_path / "out/cache").iterdir()} == names
+
+
+def test_a_neighbour_with_the_name_of_a_file_of_ours_is_announced(tmp_path):
+    (tmp_path / "model.py").write_text("THEIRS = True\n", encoding="utf-8")
+    path = write(tmp_path, "[len(r) for r in responses]")
+    _, printed, _ = run("--quick", "--n", 2, "--reward", path, cwd=tmp_path)
+    assert "own.py cannot import the model.py next to it: that name is ours" in printed
+
+
+def test_tables_of_pandas_are_refused_and_its_columns_are_not():
+    pandas = pytest.importorskip("pandas", reason="needs pandas")
+    file = RewardFile(HERE / "experiments" / "rewards" / "length.py")
+    file.function = lambda prompts, responses: pandas.Series([1.5, 2.5], index=[9, 3])
+    assert file.ask(["", ""], ["", ""]) == [1.5, 2.5]
+    for bad in (pandas.DataFrame([[1.0, 2.0]]), pandas.Series([1.0, None]),
+                pandas.Series([1, None], dtype="Int64")):
+        file.function = lambda prompts, responses: bad
+        with pytest.raises(UnusableInput, match="want"):
+            file.ask(["", ""], ["", ""])

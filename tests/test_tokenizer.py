@@ -240,7 +240,9 @@ CHANGES = {
     "inverted words": lambda content: pretokenizers(content)[0].update(invert=True),
     "single digits": lambda content: pretokenizers(content).append({"type": "Digits"}),
     "tokens around a text": lambda content: content.update(
-        post_processor={"type": "TemplateProcessing", "single": []}),
+        post_processor={"type": "TemplateProcessing", "special_tokens": {"[CLS]": {}}}),
+    "tokens around a text, later": lambda content: content.update(post_processor={
+        "type": "Sequence", "processors": [{"type": "ByteLevel"}, {"type": "BertProcessing"}]}),
     "short texts": lambda content: content.update(truncation={"max_length": 4}),
     "padded texts": lambda content: content.update(padding={"strategy": {"Fixed": 4}}),
     "random merges": lambda content: content["model"].update(dropout=0.1),
@@ -285,7 +287,9 @@ def test_a_tokenizer_json_goes_before_the_old_files(saved):
     assert pretrained_encoding(folder).n_vocab == encoding.n_vocab
 
 
-@pytest.mark.parametrize("after", [None, {"type": "ByteLevel", "trim_offsets": False}])
+@pytest.mark.parametrize("after", [
+    None, {"type": "ByteLevel", "trim_offsets": False},
+    {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}], "special_tokens": {}}])
 def test_what_changes_no_id_is_accepted(saved, after):
     encoding, folder = saved
     change_tokenizer(folder, lambda content: content.update(post_processor=after, normalizer=None))
