@@ -238,6 +238,9 @@ def test_above_all_reference_rewards_the_target_is_a_probability():
     target = vbon.bon_target(p.log(), torch.full((1, 3), 99), ref_rewards, 512)
     assert torch.allclose(target, torch.log1p(-(1 - p) ** 512), rtol=0, atol=1e-6)
     assert (target <= 0).all()
+    # by rounding, a probability may be a hair above 1
+    assert vbon.bon_target(torch.tensor([[1e-7]]), torch.tensor([[99]]), ref_rewards, 4).item() == (
+        pytest.approx(0, abs=1e-6))
     # below all of them nothing is capped
     low = vbon.bon_target(p.log(), torch.full((1, 3), -9), ref_rewards, 2)
     assert low[0, 0].item() == pytest.approx(math.log((1 / 65 + 0.5) ** 2 - (1 / 65) ** 2))
@@ -622,10 +625,14 @@ def test_the_main_job_writes_results_a_picture_and_samples(tmp_path):
             assert math.isfinite(row[name])
             assert math.isfinite(row[name + "_se"])
     assert (tmp_path / "out" / "vbon.png").read_bytes()[:4] == b"\x89PNG"
-    assert (tmp_path / "out" / "samples.txt").read_text(encoding="utf-8").count("vBoN") == 8
+    assert (tmp_path / "out" / "samples.txt").read_text(encoding="utf-8").count("\n  vBoN ") == 8
 
     # once more: nothing is trained or sampled again, and the results are the same
     printed, again = quick_run(tmp_path)
     assert "vBoN n=2 3/3" not in printed
     assert "reference model 10/10" not in printed
     assert again == rows
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))

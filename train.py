@@ -11,7 +11,6 @@ the training loop.
 """
 import argparse
 import copy
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -26,13 +25,16 @@ import vbon
 from model import GPT, add_adapters, merge_adapters, prompts_at_a_time, token_kl
 from reward import Classifier, accuracy, train_classifier
 from support import code, options, processes, report, results
-from support.announce import announce, count_rewards
-from support.files import write_whole
+from support.again import find_run, respond, sample_again
+from support.announce import (announce, announce_rewards, count_rewards, describe_samples,
+                              describe_text)
 from support.inputs import Inputs, encode_prompt, read_inputs
 from support.kept import keep, model_content, rebuild_model, resume, save_checkpoint
-from support.own_reward import reward_of_texts, try_reward
+from support.leave import leave
+from support.own_reward import OwnReward, try_reward
 from support.reference_model import initial_model, train_reference
 from support.seeding import seeded_generator
+from support.sampling import compute_rewards, sample_responses
 from support.settings import AllSettings, check_settings, choose_settings
 from support.text import Text, make_text
 
@@ -113,8 +115,13 @@ class Settings(AllSettings):
 
 # ----------------------------------------------------------------------------------------- the run
 
-def main(argv: list[str] | None = None) -> None:
-    """One N, one seed: from text to a policy, then a table, a picture and samples of it."""
+@torch.random.fork_rng(devices=[])                      # leaves a caller's random numbers alone
+def main(argv: list[str] | None = None) -> "Run | None":
+    """One N, one seed: from text to a policy, then a table, a picture and samples of it.
+
+    Returns what the run has, from its cache if it is there; None with --sample. Raises
+    UnusableInput for wrong arguments and inputs.
+    """
     began = time.monotonic()
     args = options.make_parser(__doc__).parse_args(argv)
     n = args.n
@@ -123,11 +130,16 @@ def main(argv: list[str] | None = None) -> None:
     policy_folder = out / f"policy-n{n}-seed{seed}"
     reference_folder = out / f"reference-seed{seed}"
     inputs = read_inputs(args, [n], [policy_folder, reference_folder])
+    earlier = find_run(args)
+    if earlier is not None:
+        print(sample_again(args, *earlier, inputs.device), end="")
+        return None
     settings = choose_settings(Settings(), args, n, inputs)
     check_settings(settings, args, n)
 
     # ---- text, reference model, reward, reference samples
     world = prepare(args, inputs, settings, n, seed)
+    settings = world.settings
     reference = world.reference
 
     # ---- fine-tuning: make one sample of the policy as good as the best of n
@@ -136,33 +148,24 @@ def main(argv: list[str] | None = None) -> None:
                  world.reward, world.samples, settings.tuning, seed, code=("vbon",),
                  resumable=True)
     policy = rebuild_model(tuned, inputs.device)
-    models = [("reference", reference, 1), (f"best of {n}", reference, n), ("vBoN", policy, 1)]
+    models = report.name_models(n, reference, policy)
     if world.prompt is not None:
-        print(report.sample_text(world, world.prompt, models, settings.text.length, seed), end="")
-        return
+        print(respond(args.sample, world, models, seed), end="")
+        return None
 
     # ---- evaluation: on held-out prompts, with other reference samples
     evaluated = keep(out / "cache", f"evaluation-vbon-n{n}-seed{seed}", evaluate, policy, reference,
                      world.reward, world.held_out.prompt, settings.evaluation, "vbon", seed)
     rows = [reference_row(world, n), best_of_n_row(world, n, seed),
             policy_row("vbon", world, evaluated, n, tuned["seconds"])]
-    report.print_table(rows, world.held_out.reward)
+    report.print_table(rows, world.held_out.reward, settings.text.length)
 
-    # ---- what stays: results, a picture, samples, the models
-    made_by = results.describe(settings, world.text, inputs, STAGES)
-    # the column beta is for methods in experiments/
-    lines = [row | {"seed": seed, "beta": None} | made_by for row in rows]
-    results.add_results(out, lines)
-    _, best = choose_best(world.candidates, n, seed)
-    rewards = [world.candidates.reward, best, evaluated["reward"]]
-    report.plot_run(out / "vbon.png", rows, rewards, world.held_out.reward, tuned["history"])
-    text = report.sample_text(world, world.held_out.prompt[:8], models, settings.text.length, seed)
-    write_whole(out / "samples.txt", text.encode("utf-8"))
-    results.export_model(reference_folder, reference, world.text.encoding, lines[0])
-    results.export_model(policy_folder, policy, world.text.encoding, lines[-1])
-    print(f"\n{time.monotonic() - began:.0f} s; {out}/ holds the picture vbon.png, responses in "
-          f"samples.txt,\nthe policy in {policy_folder.name}, the reference in "
-          f"{reference_folder.name}")
+    # ---- what stays: results, a picture, records, the models
+    run = Run(n, seed, rows, policy, world, evaluated, tuned["history"])
+    best = world.candidates.reward.gather(1, choose_best(world.candidates, n, seed))
+    leave(args, inputs, run, best, results.describe(settings, world.text, inputs, STAGES))
+    print(f"{time.monotonic() - began:.0f} s")
+    return run
 
 
 class Samples(NamedTuple):
@@ -173,9 +176,14 @@ class Samples(NamedTuple):
     reward: Tensor                  # (P, M)
     seconds: float
 
+    def depends_on(self) -> tuple:
+        """Return what a policy is kept under."""
+        return self.prompt, self.response, self.reward
+
 
 class World(NamedTuple):
     """What fine-tuning and evaluation start from, the same for every N."""
+    settings: Settings              # with the length of this text
     text: Text
     reference: GPT
     reward: Callable[[Tensor, Tensor], Tensor]      # prompt (P, T0), response (P, K, L) -> (P, K)
@@ -183,6 +191,17 @@ class World(NamedTuple):
     held_out: Samples               # for the held-out prompts: estimate F in the evaluation
     candidates: Samples             # for the held-out prompts: best-of-N chooses among these
     prompt: Tensor | None           # (3, T) of --sample
+
+
+class Run(NamedTuple):
+    """What `main` returns."""
+    n: int
+    seed: int
+    rows: list[dict]                # of the table
+    policy: GPT
+    world: World
+    evaluated: dict                 # the policy's responses to the held-out prompts: see `evaluate`
+    history: list[dict]             # what was watched in each update
 
 
 def prepare(args: argparse.Namespace, inputs: Inputs, settings: Settings, n: int, seed: int,
@@ -198,26 +217,24 @@ def prepare(args: argparse.Namespace, inputs: Inputs, settings: Settings, n: int
 
     # ---- text: reviews, their tokens, and prompts
     text = make_text(inputs, settings.text, seed)
+    settings = settings.change(length=text.length)
     initial = initial_model(inputs, text, settings.reference, seed)
     prompt = encode_prompt(args.sample, text.encoding, initial.config["block_size"])
     for note in announce(settings, initial, n, args):
         say(note)
     if own_reward is not None:
-        try_reward(own_reward, text.encoding, text.tokens, settings.text.prompt_tokens)
+        seconds = try_reward(own_reward, text.encoding, text.tokens, settings.text.prompt_tokens)
 
     # ---- reference model: a language model of the reviews
     trained = keep(cache, f"reference-model-seed{seed}", train_reference, initial.to(device),
                    text.tokens, text.unseen_tokens, settings.reference, seed)
     reference = rebuild_model(trained, device)
-    say(f"text: {len(text.tokens) + len(text.unseen_tokens)} "
-        f"{'built-in ' if inputs.reviews is None else ''}reviews; the reference model has a "
-        f"perplexity of {math.exp(trained['nats']):.1f}")
+    say(describe_text(text, inputs, settings, trained["nats"]))
 
     # ---- reward: the logit of a sentiment classifier, or your own function
     if own_reward is not None:
-        reward = functools.partial(reward_of_texts, own_reward, text.encoding)
-        say(f"reward: {own_reward} will judge up to {count_rewards(settings, text, n, policies)} "
-            f"responses")
+        reward = OwnReward(own_reward, text.encoding, cache)
+        say(announce_rewards(own_reward, count_rewards(settings, text, n, policies), seconds))
     else:
         classifier = fit_classifier(text, settings.reward, seed)
         share = accuracy(classifier, text.unseen_tokens, text.unseen_labels)
@@ -231,16 +248,16 @@ def prepare(args: argparse.Namespace, inputs: Inputs, settings: Settings, n: int
     for name, prompts, m in (("training", text.prompts, settings.samples.m),
                              ("held-out", text.held_prompts, settings.samples.m_eval),
                              ("draws", text.held_prompts, settings.samples.m_eval)):
-        sampled = keep(cache, f"samples-{name}-seed{seed}", sample_responses, reference, reward,
-                       prompts, m, settings.samples.length, name, seed)
-        found.append(Samples(prompts, **sampled))
+        sampled = keep(cache, f"samples-{name}-seed{seed}", sample_responses, reference, prompts, m,
+                       settings.samples.length, name, seed)
+        judged = keep(cache, f"rewards-{name}-seed{seed}", compute_rewards, reward, prompts,
+                      sampled["response"], name, device.type)
+        found.append(Samples(prompts, sampled["response"], sampled["logprob"], judged["reward"],
+                             sampled["seconds"] + judged["seconds"]))
     samples, held_out, candidates = found
-    say(f"reference samples: {samples.reward.numel()} to train with, for {len(text.prompts)} "
-        f"prompts; {held_out.reward.numel()} to\n  evaluate with, and {candidates.reward.numel()} "
-        f"for best of {n}, for {len(text.held_prompts)} held-out prompts")
-    if report.share_of_ties(held_out.reward) == 1:
-        say(report.CONSTANT_REWARD)
-    return World(text, reference, reward, samples, held_out, candidates, prompt)
+    world = World(settings, text, reference, reward, samples, held_out, candidates, prompt)
+    say(describe_samples(world, n))
+    return world
 
 
 def fit_classifier(text: Text, settings: RewardSettings, seed: int) -> Classifier:
@@ -249,30 +266,6 @@ def fit_classifier(text: Text, settings: RewardSettings, seed: int) -> Classifie
     return train_classifier(text.tokens, text.labels, text.encoding.n_vocab, settings.epochs,
                             generator)
 
-
-def sample_responses(model: GPT, reward_fn, prompts: Tensor, k: int, length: int, name: str,
-                     seed: int) -> dict:
-    """Sample k responses to each prompt (P, T), and reward them; a stage for `keep`.
-
-    About a thousand responses at a time. Each part has its own random numbers, so the processes can
-    share the parts without changing the result.
-    """
-    device = model.wte.weight.device
-    began = time.monotonic()
-    parts = prompts.split(max(1, 1024 // k))
-    mine = {}
-    for i in range(processes.rank(), len(parts), processes.world_size()):
-        prompt = parts[i].to(device)
-        response, logprob = model.sample(prompt, k, length,
-                                         seeded_generator(device, "draw", name, seed, i))
-        reward = reward_fn(prompt, response)
-        mine[i] = (response.cpu(), logprob.cpu(), reward.cpu())
-        report.show_progress(f"samples ({name})", i + 1, len(parts), began)
-    done = processes.from_all_processes(mine)
-    columns = zip(*[done[i] for i in range(len(parts))])
-    response, logprob, reward = [torch.cat(column) for column in columns]
-    return {"response": response, "logprob": logprob, "reward": reward,
-            "seconds": time.monotonic() - began}
 
 # ------------------------------------------------------------------------------------- fine-tuning
 
@@ -365,11 +358,12 @@ def evaluate(policy: GPT, reference: GPT, reward_fn, prompts: Tensor, settings: 
              name: str, seed: int) -> dict:
     """Sample from the policy on held-out prompts (P, T), and score the responses; for `keep`."""
     began = time.monotonic()
-    sampled = sample_responses(policy, reward_fn, prompts, settings.k_eval, settings.length,
-                               f"evaluation of {name}", seed)
+    name = f"evaluation of {name}"
+    sampled = sample_responses(policy, prompts, settings.k_eval, settings.length, name, seed)
+    device = policy.wte.weight.device
+    judged = compute_rewards(reward_fn, prompts, sampled["response"], name, device.type)
     ref_logprob = []
     kl_ref = []
-    device = policy.wte.weight.device
     with torch.no_grad():
         # one prompt at a time, since a large vocabulary makes large logits
         for prompt, response in zip(prompts.split(1), sampled["response"].split(1)):
@@ -377,8 +371,8 @@ def evaluate(policy: GPT, reference: GPT, reward_fn, prompts: Tensor, settings: 
             response = response.to(device)
             ref_logprob.append(reference.logprob(prompt, response).cpu())
             kl_ref.append(token_kl(policy, reference, prompt, response).cpu())
-    return sampled | {"ref_logprob": torch.cat(ref_logprob), "token_kl": torch.cat(kl_ref),
-                      "seconds": time.monotonic() - began}
+    return sampled | judged | {"ref_logprob": torch.cat(ref_logprob), "token_kl": torch.cat(kl_ref),
+                               "seconds": time.monotonic() - began}
 
 
 def metrics(logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int,
@@ -401,6 +395,9 @@ def metrics(logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_rewards: T
     for name, x in columns.items():
         row[name], row[name + "_se"] = mean_and_error(x)
     row["positive"] = (reward > 0).double().mean().item()
+    # what best-of-n attains according to the reference samples; the KL may be unknown
+    kl, row["theory_win_rate"] = vbon.bon_attains(ref_rewards, n)
+    row["theory_kl"] = None if math.isnan(kl) else kl
     return row
 
 
@@ -418,43 +415,60 @@ def reference_row(world: World, n: int) -> dict:
     """Return the row of the reference itself, from all candidates."""
     c = world.candidates
     row = metrics(c.logprob, c.logprob, c.reward, world.held_out.reward, n)
-    return {"method": "ref", "n": n} | row | {"samples_per_answer": 1, "seconds": c.seconds}
+    return {"method": "ref", "n": n} | row | {
+        "samples_per_answer": 1, "cut": share_cut(c.response, world), "seconds": c.seconds}
 
 
 def best_of_n_row(world: World, n: int, seed: int) -> dict:
     """Return the row of best-of-N itself, really sampled: n candidates give one response."""
-    ref_logprob, reward = choose_best(world.candidates, n, seed)
-    ref_rewards = world.held_out.reward
+    c = world.candidates
+    best = choose_best(c, n, seed)
     # Its log-probability is known by the formula. So its KL to best-of-n is 0 by definition.
-    log_bon = vbon.bon_target(ref_logprob, reward, ref_rewards, n)
-    row = metrics(log_bon, ref_logprob, reward, ref_rewards, n)
-    return {"method": "bon", "n": n} | row | {"samples_per_answer": n,
-                                              "seconds": world.candidates.seconds}
+    log_bon = vbon.bon_target(c.logprob.gather(1, best), c.reward.gather(1, best),
+                              world.held_out.reward, n)
+    return decoded_row("bon", world, n, best, log_bon)
 
 
-def choose_best(candidates: Samples, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return log π_ref and reward (P, G) of the best in each of G groups of n candidates."""
+def choose_best(candidates: Samples, n: int, seed: int) -> Tensor:
+    """Return the index (P, G) of the best in each of G groups of n candidates (P, M)."""
     P, M = candidates.reward.shape
     G = M // n
-    reward = candidates.reward[:, :G * n].reshape(-1, n)            # (P·G, n)
-    logprob = candidates.logprob[:, :G * n].reshape(-1, n)
-    best = vbon.best_of_n(reward, seeded_generator("cpu", "best", n, seed))[:, None]
-    return logprob.gather(1, best).view(P, G), reward.gather(1, best).view(P, G)
+    groups = candidates.reward[:, :G * n].reshape(P * G, n)
+    best = vbon.best_of_n(groups, seeded_generator("cpu", "best", n, seed))
+    return best.view(P, G) + n * torch.arange(G)
+
+
+def decoded_row(method: str, world: World, n: int, chosen: Tensor, logprob: Tensor) -> dict:
+    """Return the row of a method that chooses one of n candidates: `chosen` (P, G) of them, with
+    the log-probabilities (P, G) that they have under the method."""
+    c = world.candidates
+    row = metrics(logprob, c.logprob.gather(1, chosen), c.reward.gather(1, chosen),
+                  world.held_out.reward, n)
+    rows = torch.arange(len(chosen))[:, None]
+    return {"method": method, "n": n} | row | {
+        "samples_per_answer": n, "cut": share_cut(c.response[rows, chosen], world),
+        "seconds": c.seconds}
 
 
 def policy_row(method: str, world: World, evaluated: dict, n: int, seconds: float) -> dict:
     """Return the row of a trained policy; `seconds` is the time that its training took."""
     row = metrics(evaluated["logprob"], evaluated["ref_logprob"], evaluated["reward"],
                   world.held_out.reward, n, evaluated["token_kl"])
-    return {"method": method, "n": n} | row | {"samples_per_answer": 1,
-                                               "seconds": seconds + evaluated["seconds"]}
+    return {"method": method, "n": n} | row | {
+        "samples_per_answer": 1, "cut": share_cut(evaluated["response"], world),
+        "seconds": seconds + evaluated["seconds"]}
+
+
+def share_cut(response: Tensor, world: World) -> float:  # (P, K, L)
+    """Return the share of responses that do not end, but are cut at the largest length."""
+    return (response != world.text.encoding.eot_token).all(-1).double().mean().item()
 
 
 # the code that is named in each line of results.jsonl
-STAGES = (fit_classifier, sample_responses, fine_tune, vbon_gradient, evaluate, reference_row, best_of_n_row,
+STAGES = (fit_classifier, fine_tune, vbon_gradient, evaluate, reference_row, best_of_n_row,
           policy_row, "vbon", "model", "reward", "support.own_reward", "support.processes",
-          "support.reference_model", "support.reviews", "support.seeding", "support.text",
-          "support.tokenizer")
+          "support.reference_model", "support.reviews", "support.sampling", "support.seeding",
+          "support.text", "support.tokenizer")
 
 if __name__ == "__main__":
     options.run(main, "train.py")

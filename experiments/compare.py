@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         n = max(args.n)
         count = len(args.n) * len(args.method)
         world = train.prepare(args, inputs, settings[n], n, seed, count)
+        length = world.settings.text.length
+        settings = {n: settings[n].change(length=length) for n in args.n}
         pool.append(world.held_out.reward)
         # first all β: if one cannot be found, better now than after an hour
         betas = {n: choose_betas(args, n, world.held_out.reward) for n in args.n}
@@ -213,19 +215,15 @@ def soft_best_of_n_row(world: train.World, n: int, beta: float, seed: int) -> di
     candidates = world.candidates
     P, M = candidates.reward.shape
     # the same groups of n candidates as for best-of-N
-    A = M // n
-    reward = candidates.reward[:, :A * n].reshape(-1, n)            # (P·A, n)
-    logprob = candidates.logprob[:, :A * n].reshape(-1, n)
+    G = M // n
+    groups = candidates.reward[:, :G * n].reshape(P * G, n)
     generator = seeded_generator("cpu", "soft best", n, beta, seed)
-    chosen = methods.soft_best_of_n(reward, beta, generator)[:, None]
-    reward = reward.gather(1, chosen).view(P, A)
-    ref_logprob = logprob.gather(1, chosen).view(P, A)
+    chosen = methods.soft_best_of_n(groups, beta, generator).view(P, G) + n * torch.arange(G)
+    reward = candidates.reward.gather(1, chosen)
+    ref_logprob = candidates.logprob.gather(1, chosen)
     # the rivals are other samples than those that were chosen from
-    ref_rewards = world.held_out.reward
-    own = methods.soft_bon_logprob(ref_logprob, reward, ref_rewards, n, beta)
-    row = train.metrics(own, ref_logprob, reward, ref_rewards, n)
-    return {"method": "soft-bon", "n": n} | row | {"samples_per_answer": n,
-                                                   "seconds": candidates.seconds}
+    own = methods.soft_bon_logprob(ref_logprob, reward, world.held_out.reward, n, beta)
+    return train.decoded_row("soft-bon", world, n, chosen, own)
 
 
 def sample_text(world: train.World, policies: list[Policy], prompts: Tensor, n: int,
@@ -234,7 +232,9 @@ def sample_text(world: train.World, policies: list[Policy], prompts: Tensor, n: 
     models = [("reference", world.reference, 1), (f"best of {n}", world.reference, n)]
     for policy in policies:
         models.append((title(policy.method, n), policy.model, 1))
-    text = report.sample_text(world, prompts, models, settings.text.length, seed)
+    prompts = prompts.to(world.reference.wte.weight.device)
+    text = report.sample_text(world.text.encoding, prompts, world.reward, models,
+                              settings.text.length, seed)
     return f"N = {n}, seed {seed}\n\n{text}"
 
 

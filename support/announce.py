@@ -1,9 +1,13 @@
 """What a run will take, and what it cannot reach: the lines before the work begins."""
 import argparse
+import math
 
 import torch
 
 from model import GPT
+from support.inputs import Inputs
+from support.own_reward import RewardFile
+from support.report import CONSTANT_REWARD, share_of_ties
 from support.settings import AllSettings
 from support.text import Text
 
@@ -44,9 +48,42 @@ def count_rewards(settings: AllSettings, text: Text, n: int, policies: int = 1) 
     """Return how many rewards a run computes at most; for one policy, if no stage is finished."""
     prompts = len(text.prompts)
     held_out = len(text.held_prompts)
-    tried = 2
+    tried = 8
     sampled = prompts * settings.samples.m + 2 * held_out * settings.samples.m_eval
     trained = settings.tuning.steps * min(settings.tuning.batch, prompts) * settings.tuning.k
     evaluated = held_out * settings.evaluation.k_eval
     shown = min(8, held_out) * (1 + n + 1)                      # in samples.txt
     return tried + sampled + policies * (trained + evaluated + shown)
+
+
+def describe_text(text: Text, inputs: Inputs, settings: AllSettings, nats: float) -> str:
+    """Return a line about the text and the reference model, and one if many texts are cut."""
+    count = len(text.tokens) + len(text.unseen_tokens)
+    kind = "built-in " if inputs.reviews is None else ""
+    line = (f"text: {count} {kind}reviews; the reference model has a perplexity of "
+            f"{math.exp(nats):.1f}")
+    if text.cut > 0.1:
+        line += (f"\n{text.cut:.0%} of them are longer than {settings.text.prompt_tokens} + "
+                 f"{text.length} tokens, and are cut; with --length {text.enough}, 10% would be")
+    return line
+
+
+def describe_samples(world, n: int) -> str:
+    """Return how many reference samples there are, and whether their rewards are all the same."""
+    held_out = world.held_out.reward
+    line = (f"reference samples: {world.samples.reward.numel()} to train with, for "
+            f"{len(world.samples.prompt)} prompts; {held_out.numel()} to\n  evaluate with, and "
+            f"{world.candidates.reward.numel()} for best of {n}, for {len(held_out)} held-out "
+            f"prompts")
+    if share_of_ties(held_out) == 1:
+        line += "\n" + CONSTANT_REWARD
+    return line
+
+
+def announce_rewards(file: RewardFile, count: int, seconds: float) -> str:
+    """Return how many rewards a file will be asked for, and how long that takes; a line."""
+    line = f"reward: {file} will judge up to {count:,} responses"
+    minutes = count * seconds / 60
+    if minutes >= 1:
+        line += f": about {minutes:,.0f} minutes, at {1000 * seconds:.3g} ms each"
+    return line

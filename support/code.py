@@ -20,7 +20,7 @@ _specs = {}                                             # name of a module -> it
 
 
 def read_source(file: str) -> None:
-    """Read the source of a file that is being executed: call it there, with __file__."""
+    """Read the source of a file that makes numbers: call it when the file is imported."""
     path = os.path.abspath(file)
     _sources[path] = Path(path).read_text(encoding="utf-8")
 
@@ -44,8 +44,8 @@ def code_of_module(name: str) -> str:
 def code_of_function(function: types.FunctionType) -> str:
     """Return the syntax trees of a function, and of all that it uses of its own file.
 
-    Names that it imports from train.py or experiments/ are followed there. Of all other files, kept
-    results depend on the complete module, if at all. Raises TypeError for a nested function.
+    Names that it imports from a file that makes numbers are followed there: that is one whose
+    source was read at its import. Raises TypeError for a nested function.
     """
     function = inspect.unwrap(function)                 # without decorators
     if function.__qualname__ != function.__name__:
@@ -90,8 +90,8 @@ def _imported(name: str, statement: ast.ImportFrom, namespace: dict) -> str:
         raise UnusableInput(f"{statement.module} was loaded again, but {namespace['__name__']} "
                             f"still uses the old one: restart Python")
     code = f"from {statement.module} import {alias.name}"
-    is_module = isinstance(content, types.ModuleType)
-    if statement.module.split(".")[0] in ("train", "experiments") and not is_module:
+    makes_numbers = os.path.abspath(getattr(source, "__file__", "")) in _sources
+    if makes_numbers and not isinstance(content, types.ModuleType):
         code += code_of_name(alias.name, vars(source))
     return code
 

@@ -57,12 +57,18 @@ def _wait_for_lock(file: int) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder and its cache, and try to write into both. Raises OSError."""
+    """Make the folder and its cache, and try to write into both. Raises OSError.
+
+    A .gitignore keeps results out of the user's repository.
+    """
     for place in (folder, folder / "cache"):
         place.mkdir(parents=True, exist_ok=True)
         part = place / f"{uuid.uuid4().hex}.part"
         part.write_bytes(b"")
         part.unlink()
+    ignored = folder / ".gitignore"
+    if not ignored.exists():
+        ignored.write_text("*\n", encoding="utf-8")
 
 
 def replace_folder(new: Path, folder: Path) -> None:

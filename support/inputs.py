@@ -32,6 +32,7 @@ class Inputs(NamedTuple):
     reviews: list | None            # of --data
     own_reward: RewardFile | None   # of --reward
     pretrained: Pretrained | None   # of --init
+    quick: bool = False             # --quick
 
 
 def read_inputs(args: argparse.Namespace, ns: list[int], folders: list[Path]) -> Inputs:
@@ -61,7 +62,7 @@ def read_inputs(args: argparse.Namespace, ns: list[int], folders: list[Path]) ->
     pretrained = load_pretrained(args.init)
     # on several machines, the same path may lead to different contents
     processes.check_same("inputs", digest(reviews, own_reward, pretrained))
-    return Inputs(device, reviews, own_reward, pretrained)
+    return Inputs(device, reviews, own_reward, pretrained, args.quick)
 
 
 def load_pretrained(init: str | None) -> Pretrained | None:

@@ -5,6 +5,7 @@ import random
 import shutil
 import sys
 import tempfile
+import time
 import traceback
 import types
 from collections.abc import Callable
@@ -15,8 +16,10 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from support.code import read_source, syntax
+from support.code import code_of_module, read_source, syntax
+from support.digest import digest
 from support.errors import UnusableInput
+from support.journal import Journal
 from support.tokenizer import decode
 
 read_source(__file__)
@@ -155,28 +158,54 @@ def hidden_neighbours(path: Path) -> list[str]:
 
 
 def try_reward(file: RewardFile, encoding: tiktoken.Encoding, tokens: Tensor, prompt_tokens: int
-               ) -> None:
-    """Ask for the rewards of the first two texts (R, T), so that a fault shows before any work."""
-    prompt = tokens[:2, :prompt_tokens]
-    response = tokens[:2, None, prompt_tokens:]
-    reward_of_texts(file, encoding, prompt, response)
+               ) -> float:
+    """Ask for the rewards of a few texts (R, T), so that a fault shows before any work.
 
-
-def reward_of_texts(file: RewardFile, encoding: tiktoken.Encoding, prompt: Tensor,
-                    response: Tensor) -> Tensor:
-    """Return the rewards (P, K), in float64, of token ids: prompts (P, T), responses (P, K, L).
-
-    The function gets at most 1,024 pairs of texts at a time. End-of-text is removed, and bytes that
-    are not UTF-8 become U+FFFD.
+    Returns the seconds that one reward takes, without those of the first call.
     """
-    P, K, L = response.shape
-    prompts = [decode(encoding, ids) for ids in prompt.tolist() for _ in range(K)]
-    responses = [decode(encoding, ids) for ids in response.view(P * K, L).tolist()]
-    numbers = []
-    for start in range(0, P * K, BATCH):
-        end = start + BATCH
-        numbers += file.ask(prompts[start:end], responses[start:end])
-    return torch.tensor(numbers, dtype=torch.float64, device=response.device).view(P, K)
+    for start, end in ((0, 2), (2, 8)):
+        prompts = [decode(encoding, ids) for ids in tokens[start:end, :prompt_tokens].tolist()]
+        responses = [decode(encoding, ids) for ids in tokens[start:end, prompt_tokens:].tolist()]
+        began = time.perf_counter()
+        file.ask(prompts, responses)
+        seconds = time.perf_counter() - began
+    return seconds / len(prompts)
+
+
+class OwnReward:
+    """The reward function of a file, as a function of token ids."""
+
+    def __init__(self, file: RewardFile, encoding: tiktoken.Encoding, cache: Path):
+        self.file = file
+        self.encoding = encoding
+        self.journal = Journal(cache / f"judged-{digest(file)}.bin")
+
+    def depends_on(self) -> tuple:
+        """Return what its rewards are kept under."""
+        return self.file, self.encoding, code_of_module(__name__)
+
+    def __call__(self, prompt: Tensor, response: Tensor) -> Tensor:
+        """Return the rewards (P, K), in float64, of prompts (P, T) and responses (P, K, L).
+
+        The function gets at most 1,024 pairs of texts at a time, each pair once in a run.
+        End-of-text is removed, and bytes that are not UTF-8 become U+FFFD.
+        """
+        P, K, L = response.shape
+        prompts = [decode(self.encoding, ids) for ids in prompt.tolist() for _ in range(K)]
+        responses = [decode(self.encoding, ids) for ids in response.reshape(P * K, L).tolist()]
+        known = self.journal.find(prompts, responses)
+        # each unknown pair once, in the order of their appearance
+        missing = dict.fromkeys(pair for pair, reward in zip(zip(prompts, responses), known)
+                                if reward is None)
+        missing = list(missing)
+        for start in range(0, len(missing), BATCH):
+            part = missing[start:start + BATCH]
+            some_prompts = [pair[0] for pair in part]
+            some_responses = [pair[1] for pair in part]
+            self.journal.add(some_prompts, some_responses,
+                             self.file.ask(some_prompts, some_responses))
+        rewards = self.journal.find(prompts, responses)
+        return torch.tensor(rewards, dtype=torch.float64, device=response.device).view(P, K)
 
 
 def _check_sequence(found: object) -> None:

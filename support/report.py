@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import tiktoken
 import torch
 from torch import Tensor
 
@@ -26,8 +27,11 @@ def title(method: str, n: int) -> str:
     return names.get(method, method)
 
 
-def print_table(rows: list[dict], ref_rewards: Tensor) -> None:
-    """Print the rows, and what best-of-N attains in theory with the held-out ref_rewards (P, M)."""
+def print_table(rows: list[dict], ref_rewards: Tensor, length: int) -> None:
+    """Print the rows, and what best-of-N attains in theory with the held-out ref_rewards (P, M).
+
+    length: the largest number of tokens of a response.
+    """
     print(f"\n{'':14}{'reward':>7}{'win rate':>13}{'KL to ref':>14}{'KL to BoN':>14}"
           f"{'positive':>9}{'samples':>8}")
     for row in rows:
@@ -49,6 +53,9 @@ def print_table(rows: list[dict], ref_rewards: Tensor) -> None:
         print(f"\nIn {ties:.0%} of all pairs of reference responses, both have the same reward.")
     print("\nKLs in nats per response; ± is the standard error over prompts. vBoN succeeded if its\n"
           "row is near the row of best-of-N, and its KL to BoN near 0, with 1 sample a response.")
+    if max(row["cut"] for row in rows) > 0.01:
+        cells = [f"{title(row['method'], row['n'])} {row['cut']:.0%}" for row in rows]
+        print(f"Responses that do not end within {length} tokens, but are cut: {', '.join(cells)}.")
 
 
 def share_of_ties(rewards: Tensor) -> float:  # (P, M)
@@ -59,14 +66,20 @@ def share_of_ties(rewards: Tensor) -> float:  # (P, M)
     return (same.double().sum((1, 2)) - m).mean().item() / (m * (m - 1))
 
 
+_last_line = {"at": 0.0}                                # when the last progress line was printed
+
+
 def show_progress(label: str, done: int, total: int, began: float, stats: dict | None = None
                   ) -> None:
-    """Print a progress line: one line that changes in a terminal, four lines in all in a file."""
-    spent = time.monotonic() - began
+    """Print a progress line: in a terminal one that changes, in a file one for each quarter of the
+    work, and at least one in 30 seconds."""
+    now = time.monotonic()
+    spent = now - began
     live = sys.stdout.isatty()
     quarter = done * 4 // total > (done - 1) * 4 // total
-    if not live and not quarter:
+    if not live and not quarter and now - max(began, _last_line["at"]) < 30:
         return
+    _last_line["at"] = now
     line = f"  {label} {done}/{total}"
     for name, value in (stats or {}).items():
         line += f"  {name} {value:.2f}"
@@ -84,24 +97,36 @@ def no_print(*_: object) -> None:
 
 # ------------------------------------------------------------------------------ sampled responses
 
-def sample_text(world, prompts: Tensor, models: list, length: int, seed: int) -> str:
+def name_models(n: int, reference, policy) -> list[tuple]:
+    """Return the models of a run for `sample_text`: title, model, number of responses."""
+    return [("reference", reference, 1), (f"best of {n}", reference, n), ("vBoN", policy, 1)]
+
+
+def sample_text(encoding: tiktoken.Encoding, prompts: Tensor, reward_fn, models: list, length: int,
+                seed: int) -> str:
     """Return each prompt (P, T), followed by a response of each model with its reward, unedited.
 
     models: (title, model, n); the best of n responses is shown.
     """
-    encoding = world.text.encoding
-    prompts = prompts.to(world.reference.wte.weight.device)
     room = models[0][1].config["block_size"] - prompts.shape[1]
     blocks = [[one_line(decode(encoding, prompt)) + " ..."] for prompt in prompts.tolist()]
     for name, model, n in models:
         generator = seeded_generator(prompts.device, "answers", seed)
         response, _ = model.sample(prompts, n, min(length, room), generator)
-        reward = world.reward(prompts, response).cpu()
+        reward = reward_fn(prompts, response).cpu()
         best = vbon.best_of_n(reward, seeded_generator("cpu", "answers", seed)).tolist()
         for i, j in enumerate(best):
             words = one_line(decode(encoding, response[i, j].tolist()))
             blocks[i].append(f"  {name:<12}{reward[i, j]:+6.2f}  ...{words}")
     return "\n".join("\n".join(block) for block in blocks) + "\n"
+
+
+def samples_file(text: str, rows: list[dict], prompts: int) -> str:
+    """Return the content of samples.txt: what the numbers are, the samples, and the mean rewards."""
+    n = rows[1]["n"]
+    means = ", ".join(f"{title(row['method'], n)} {row['reward']:.3g}" for row in rows)
+    return (f"The number before a response is its reward. Of best of {n}, the best of {n} responses "
+            f"is shown.\n\n{text}\nMean reward over all {prompts} held-out prompts: {means}\n")
 
 
 def one_line(text: str) -> str:

@@ -15,9 +15,11 @@ from support.huggingface import save_generation_config
 from support.processes import rank
 from support.tokenizer import save_tokenizer
 
-METRICS = ("reward", "reward_se", "win_rate", "win_rate_se", "kl_ref", "kl_ref_se", "kl_bon",
-           "kl_bon_se", "positive", "samples_per_answer", "seconds")
-KEYS = ("method", "n", "seed", "beta", *METRICS)
+# every line of results.jsonl has these metrics, and newer ones a few more
+ALWAYS = ("reward", "reward_se", "win_rate", "win_rate_se", "kl_ref", "kl_ref_se", "kl_bon",
+          "kl_bon_se", "positive", "samples_per_answer", "seconds")
+KEYS = ("method", "n", "seed", "beta", *ALWAYS)
+METRICS = (*ALWAYS, "cut", "theory_win_rate", "theory_kl")
 
 # -------------------------------------------------------------------------------- results.jsonl
 
@@ -75,6 +77,7 @@ def describe(settings, text, inputs, stages: tuple) -> dict:
         "init_vocabulary": pretrained and digest(pretrained.encoding),
         "reward_file": own_reward and digest(own_reward),
         "device": inputs.device.type,
+        "quick": inputs.quick,
         "code": code_mark(stages),
     }
 
@@ -100,8 +103,11 @@ def check_folders(args: argparse.Namespace, folders: list[Path]) -> None:
         read_json(folder / "settings.json")             # if it is damaged, say so now
 
 
-def export_model(folder: Path, model: GPT, encoding: tiktoken.Encoding, row: dict) -> None:
+def export_model(folder: Path, model: GPT, encoding: tiktoken.Encoding, row: dict,
+                 paths: dict | None = None) -> None:
     """Write a Hugging Face folder: model, tokenizer, and settings.json with the settings of `row`.
+
+    paths: those on the command line, as they were given; settings.json names them too.
 
     With its generation_config.json, transformers samples from the model's own distribution.
 
@@ -116,7 +122,7 @@ def export_model(folder: Path, model: GPT, encoding: tiktoken.Encoding, row: dic
     model.save_pretrained(new)
     save_tokenizer(encoding, new, model.config["block_size"])
     save_generation_config(new, model, row["prompt_tokens"] + row["length"])
-    settings = settings_of(row) | {"weights": digest(weights(model))}
+    settings = settings_of(row) | {"weights": digest(weights(model))} | (paths or {})
     content = json.dumps(settings, indent=2) + "\n"
     (new / "settings.json").write_text(content, encoding="utf-8")
     with lock(out):

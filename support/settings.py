@@ -33,7 +33,7 @@ class AllSettings:
 def choose_settings(s: AllSettings, args: argparse.Namespace, n: int, inputs: Inputs
                     ) -> AllSettings:
     """Return the settings for this kind of text and model, from those for the built-in text."""
-    s = s.change(prompt_tokens=args.prompt_tokens or 4, length=args.length or 24,
+    s = s.change(prompt_tokens=args.prompt_tokens or 4, length=args.length or s.text.length,
                  processes=world_size())
     if inputs.reviews is not None:
         # real text has more distinct words and sentences than the built-in one: more of everything
@@ -47,10 +47,14 @@ def choose_settings(s: AllSettings, args: argparse.Namespace, n: int, inputs: In
             m=128,
             steps=600,
             lr=3e-3,
+            length=args.length or 0,                    # chosen when the text is read
         )
     if inputs.pretrained is not None:
         # GPT-2 knows English already, and one update of it takes minutes on two cores
         size = inputs.pretrained.model.config
+        room = size["block_size"] - s.text.prompt_tokens
+        if room < 1:
+            raise UnusableInput("--init: this model has no room for a prompt and a response")
         s = s.change(
             vocab=size["vocab_size"],
             layers=size["n_layer"],
@@ -62,7 +66,7 @@ def choose_settings(s: AllSettings, args: argparse.Namespace, n: int, inputs: In
             m=64,
             held_prompts=32,
             steps=250,
-            length=min(s.text.length, size["block_size"] - s.text.prompt_tokens),
+            length=min(s.text.length, room),
         )
     if args.quick:
         s = s.change(lm_steps=10, epochs=1, prompts=8, m=16, held_prompts=8, m_eval=64, steps=3,
@@ -88,8 +92,6 @@ def check_settings(s: AllSettings, args: argparse.Namespace, n: int) -> None:
     if n > s.samples.m_eval:
         raise UnusableInput(f"--n {n}: want at most {s.samples.m_eval}, the number of samples that "
                             f"best-of-N is evaluated with")
-    if s.text.length < 1:
-        raise UnusableInput("--init: this model has no room for a prompt and a response")
     if args.length is not None and args.length > s.text.length:
         raise UnusableInput(f"--length {args.length}: the model of --init has room for "
                             f"{s.text.length}")

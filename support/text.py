@@ -9,12 +9,15 @@ from torch import Tensor
 from support.errors import UnusableInput
 from support.inputs import Inputs
 from support.reviews import builtin_reviews
-from support.tokenizer import encode, train_tokenizer
+from support.tokenizer import pad, train_tokenizer
 
 
 class Text(NamedTuple):
-    """Tokenized reviews, padded with end-of-text, and prompts."""
+    """Tokenized reviews, truncated or padded with end-of-text, and prompts."""
     encoding: tiktoken.Encoding
+    length: int                     # largest number of tokens in a response
+    cut: float                      # share of the reviews that are truncated
+    enough: int                     # the length that would cut only a tenth of them
     tokens: Tensor                  # (R, T) reviews to train on
     labels: Tensor                  # (R,) 1 positive, 0 negative
     unseen_tokens: Tensor           # (R', T) held-out reviews: perplexity, accuracy
@@ -23,11 +26,15 @@ class Text(NamedTuple):
     held_prompts: Tensor            # (P', T0) held out: vBoN is not trained on any of them
 
 
+LONGEST = 64                        # tokens of a response, unless --length is given
+
+
 def make_text(inputs: Inputs, settings, seed: int) -> Text:
     """Return the reviews as tokens, and the prompts.
 
-    settings: reviews, vocab, prompt_tokens, length, prompts, held_prompts. Raises UnusableInput if
-    the text has too few different prompts.
+    settings: reviews, vocab, prompt_tokens, length, prompts, held_prompts. A length of 0 is chosen
+    here: it cuts a tenth of the reviews, but it is at most LONGEST, and at most what a model of
+    --init has room for. Raises UnusableInput if the text has too few different prompts.
     """
     reviews = list(inputs.reviews or builtin_reviews(settings.reviews, seed))
     random.Random(seed).shuffle(reviews)
@@ -37,7 +44,14 @@ def make_text(inputs: Inputs, settings, seed: int) -> Text:
         encoding = inputs.pretrained.encoding
     else:
         encoding = train_tokenizer(texts[:2000], settings.vocab)
-    tokens = encode(encoding, texts, settings.prompt_tokens + settings.length)
+    rows = [encoding.encode_ordinary(text) for text in texts]
+
+    # how many tokens follow the prompt, with end-of-text
+    following = torch.tensor([len(row) + 1 - settings.prompt_tokens for row in rows])
+    enough = max(1, int(following.double().quantile(0.9).ceil()))
+    length = settings.length or min(enough, LONGEST, room_for_responses(inputs, settings))
+    cut = (following > length).double().mean().item()
+    tokens = pad(rows, settings.prompt_tokens + length, encoding.eot_token)
 
     # the prompts of all reviews, each once, in the order of the reviews
     starts = tokens[:, :settings.prompt_tokens].tolist()
@@ -49,8 +63,15 @@ def make_text(inputs: Inputs, settings, seed: int) -> Text:
                             f"tokens, got {len(prompts)}; a shorter text has none")
     last = held + settings.prompts
     unseen = max(16, len(reviews) // 20)
-    return Text(encoding, tokens[unseen:], labels[unseen:], tokens[:unseen], labels[:unseen],
-                prompts[held:last], prompts[:held])
+    return Text(encoding, length, cut, enough, tokens[unseen:], labels[unseen:], tokens[:unseen],
+                labels[:unseen], prompts[held:last], prompts[:held])
+
+
+def room_for_responses(inputs: Inputs, settings) -> int:
+    """Return the largest length that a model of --init has positions for."""
+    if inputs.pretrained is None:
+        return LONGEST
+    return inputs.pretrained.model.config["block_size"] - settings.prompt_tokens
 
 
 def is_prompt(encoding: tiktoken.Encoding, ids: list[int]) -> bool:

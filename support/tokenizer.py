@@ -83,11 +83,15 @@ def make_encoding(ranks: dict[bytes, int], name: str = "vbon") -> tiktoken.Encod
 
 def encode(encoding: tiktoken.Encoding, texts: Iterable[str], length: int) -> Tensor:
     """Return token ids (R, length): each text truncated to `length`, or padded with end-of-text."""
+    return pad([encoding.encode_ordinary(text) for text in texts], length, encoding.eot_token)
+
+
+def pad(rows: Iterable[list[int]], length: int, eot: int) -> Tensor:
+    """Return token ids (R, length): each row truncated, or padded with end-of-text."""
     table = []
-    for text in texts:
-        row = encoding.encode_ordinary(text)[:length]
-        padding = [encoding.eot_token] * (length - len(row))
-        table.append(row + padding)
+    for row in rows:
+        row = row[:length]
+        table.append(row + [eot] * (length - len(row)))
     return torch.tensor(table)
 
 

@@ -12,7 +12,12 @@ HERE = Path(train.__file__).parent
 
 
 def run(*args, cwd):
-    """`python train.py ARGS` inside this process: status, standard output, standard error."""
+    """`python train.py ARGS` inside this process: status, standard output, standard error.
+
+    Results go to the folder "out" there, also those of quick runs.
+    """
+    if "--out" not in args:
+        args = (*args, "--out", "out")
     out = io.StringIO()
     error = io.StringIO()
     status = 0

@@ -20,7 +20,7 @@ from support.results import KEYS
 
 
 def start(folder, *args, **variables):
-    return subprocess.Popen([sys.executable, HERE / "train.py", "--quick", "--n", "2", *args],
+    return subprocess.Popen([sys.executable, HERE / "train.py", "--quick", "--n", "2", "--out", "out", *args],
                             cwd=folder, env=os.environ | variables, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -87,7 +87,7 @@ def test_two_processes_with_one_folder_lose_no_row(tmp_path):
 
 def shell(command, folder):
     """What a command of the shell prints, and its status; `$TRAIN` starts the program."""
-    program = f"{sys.executable} {HERE / 'train.py'} --quick --n 2"
+    program = f"{sys.executable} {HERE / 'train.py'} --quick --n 2 --out out"
     return subprocess.run(["bash", "-c", "set -o pipefail; " + command], cwd=folder, text=True,
                           capture_output=True, env=os.environ | {"TRAIN": program}, timeout=120)
 

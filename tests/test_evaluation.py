@@ -15,7 +15,8 @@ from support.options import make_parser
 from support.reference_model import train_reference
 from support.reviews import builtin_reviews
 from support.settings import choose_settings
-from support.text import make_text
+from support.text import Text, make_text
+from support.tokenizer import train_tokenizer
 
 def test_metrics_by_hand():
     ref_rewards = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(3, 4)
@@ -52,21 +53,23 @@ def test_a_quieter_estimate_takes_the_place_of_the_kl():
 def test_the_best_of_each_n_candidates_is_chosen():
     reward = torch.tensor([[1.0, 4.0, 3.0, 2.0, 9.0], [0.0, -1.0, 5.0, 6.0, 9.0]])
     candidates = train.Samples(None, None, reward - 20, reward, 0.0)
-    logprob, best = train.choose_best(candidates, 2, 0)     # the fifth candidate is left over
-    assert best.tolist() == [[4, 3], [0, 6]]
-    assert torch.equal(logprob, best - 20)
+    # the fifth candidate is left over
+    assert train.choose_best(candidates, 2, 0).tolist() == [[1, 2], [0, 3]]
 
 
 def simulated(m, seed):
     """Samples whose reward is uniform: its own CDF. Each response is improbable."""
     g = torch.Generator().manual_seed(seed)
     logprob = torch.full((200, m), -50.0)
-    return train.Samples(None, None, logprob, torch.rand(200, m, generator=g), 0.0)
+    response = torch.arange(m).repeat(200, 1)[..., None]
+    return train.Samples(None, response, logprob, torch.rand(200, m, generator=g), 0.0)
 
 
 def simulated_world(m):
     """m candidates and 2000 reference samples for each of 200 prompts."""
-    return train.World(None, None, None, None, simulated(2000, 2), simulated(m, 1), None)
+    encoding = train_tokenizer([], 257)                 # 256 is the end
+    text = Text(encoding, 1, *[None] * 8)
+    return train.World(None, text, None, None, None, simulated(2000, 2), simulated(m, 1), None)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 16])
@@ -77,6 +80,10 @@ def test_the_row_of_best_of_n_is_its_theory(n):
     assert row["kl_ref"] == pytest.approx(kl, abs=0.03)
     assert row["kl_bon"] == 0
     assert row["samples_per_answer"] == n
+    # the response of token 256 has ended, all others are cut
+    assert 0.95 < row["cut"] <= 1
+    assert row["theory_win_rate"] == pytest.approx(win)
+    assert row["theory_kl"] == pytest.approx(kl, abs=1e-3)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 16])

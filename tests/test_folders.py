@@ -30,6 +30,7 @@ def test_both_models_are_left_with_their_settings(finished_run):
         # the line of the results file, without what was measured
         content = settings(folder)
         named = content.pop("weights")
+        assert content.pop("given") == {"data": None, "reward": None, "init": None}
         assert content == {key: row[key] for key in row if key not in METRICS}
         kept[name] = GPT.from_pretrained(folder)
         assert named == digest(weights(kept[name]))

@@ -17,21 +17,26 @@ import train
 from experiments import methods
 from model import GPT
 from support import kept
+from support import leave as leave_file
 from support.code import code_of_function
 from support.digest import digest
 from support.report import no_print
 from support.seeding import seeded_generator
 from support.tokenizer import train_tokenizer
 
-SAMPLES = {"samples-training", "samples-held-out", "samples-draws"}
+REWARDS = {"rewards-training", "rewards-held-out", "rewards-draws"}
+SAMPLES = {"samples-training", "samples-held-out", "samples-draws"} | REWARDS
 EVALUATION = {"evaluation-vbon-n2"}
 POLICY = {"policy-vbon-n2"} | EVALUATION
 ALL = {"reference-model"} | SAMPLES | POLICY
 
 
+RUNS = {f"run-n{n}-seed{seed}" for n in (2, 3) for seed in (0, 1)}     # for --sample alone
+
+
 def cached(out):
     """The stages in the cache, such as "samples-held-out-seed0-0774be4f673f"."""
-    return {path.stem for path in (out / "cache").glob("*.pt")}
+    return {path.stem for path in (out / "cache").glob("*.pt")} - RUNS
 
 
 def stages(names):
@@ -95,11 +100,14 @@ STATEMENTS = [
     ("train.py", "processes.average_gradients(trained)",
      "trained[0].grad *= 2; processes.average_gradients(trained)", POLICY),
     ("train.py", "(2 * progress - 1)", "(2 * progress - 1.1)", POLICY),
-    ("train.py", "prompts.split(max(1, 1024 // k))", "prompts.split(2)", SAMPLES | POLICY),
+    ("support/sampling.py", "prompts.split(max(1, 1024 // k))", "prompts.split(2)",
+     SAMPLES | POLICY),
+    ("support/sampling.py", "size = max(1, 1024 // response.shape[1])", "size = 1",
+     REWARDS | EVALUATION),
     ("train.py", 'f"evaluation of {name}"', 'f"an evaluation of {name}"', EVALUATION),
     ("reward.py", "return total / mask.sum(1).sqrt() + self.bias",
-     "return 3 * total / mask.sum(1).sqrt() + self.bias", SAMPLES | POLICY),
-    ("reward.py", "lr=0.03", "lr=0.04", SAMPLES | POLICY),
+     "return 3 * total / mask.sum(1).sqrt() + self.bias", REWARDS | POLICY),
+    ("reward.py", "lr=0.03", "lr=0.04", REWARDS | POLICY),
     ("model.py", "return self.ln_f(x.to(self.ln_f.weight.dtype))",
      "return 1.1 * self.ln_f(x.to(self.ln_f.weight.dtype))", ALL),
     ("support/reference_model.py", "(step + 1) / 20", "(step + 1) / 19", ALL),
@@ -178,16 +186,16 @@ def test_an_old_class_of_a_reloaded_file_is_refused(program):
 
 @pytest.mark.parametrize("name, value, repeated", [
     ("k_eval", 9, EVALUATION),
-    ("m_eval", 65, {"samples-held-out", "samples-draws"}),
+    ("m_eval", 65, {"samples-held-out", "samples-draws", "rewards-held-out", "rewards-draws"}),
     ("steps", 4, POLICY),
     ("batch", 5, POLICY),
     ("k", 5, POLICY),
     ("rank", 3, POLICY),
     ("lr", 1e-3, POLICY),
-    ("m", 17, {"samples-training"} | POLICY),
-    ("prompts", 9, {"samples-training"} | POLICY),
+    ("m", 17, {"samples-training", "rewards-training"} | POLICY),
+    ("prompts", 9, {"samples-training", "rewards-training"} | POLICY),
     ("held_prompts", 9, SAMPLES | POLICY),
-    ("epochs", 2, SAMPLES | POLICY),
+    ("epochs", 2, REWARDS | POLICY),
     ("lm_steps", 11, ALL),
     ("length", 25, ALL),
 ])
@@ -195,7 +203,7 @@ def test_a_setting_repeats_what_depends_on_it(name, value, repeated, copied_run,
     choose = train.choose_settings
     monkeypatch.setattr(train, "choose_settings",
                         lambda *given: choose(*given).change(**{name: value}))
-    monkeypatch.setattr(train.report, "plot_run", no_print)
+    monkeypatch.setattr(leave_file, "plot_run", no_print)
     before = cached(copied_run / "out")
     assert run("--quick", "--n", 2, cwd=copied_run)[0] == 0
     assert stages(cached(copied_run / "out") - before) == repeated
@@ -237,10 +245,11 @@ def test_a_damaged_file_of_the_cache_is_made_again(left, copied_run, finished_ru
 
 def test_nothing_but_finished_files_is_left(finished_run):
     names = {path.name for path in (finished_run / "out").iterdir()}
-    assert names == {"cache", "policy-n2-seed0", "reference-seed0", "results.jsonl", "samples.txt",
-                     "vbon.png"}
+    assert names == {".gitignore", "cache", "held-out-prompts-seed0.jsonl", "history-n2-seed0.jsonl",
+                     "policy-n2-seed0", "reference-seed0", "responses-policy-n2-seed0.jsonl",
+                     "responses-reference-seed0.jsonl", "results.jsonl", "samples.txt", "vbon.png"}
     kept = {path.name for path in (finished_run / "out" / "cache").iterdir()}
-    assert stages(kept - {"results.lock"}) == ALL
+    assert stages(kept - {"results.lock", "run-n2-seed0.pt"}) == ALL
 
 
 def test_a_killed_run_ends_with_the_same_numbers(tmp_path):

@@ -203,7 +203,7 @@ def test_a_gpt2_of_a_folder_is_used(tmp_path):
 def test_the_program_runs_where_only_ascii_can_be_shown(tmp_path):
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     (tmp_path / "out").mkdir()
-    done = subprocess.run([sys.executable, HERE / "train.py", "--quick", "--n", "2"], cwd=tmp_path,
+    done = subprocess.run([sys.executable, HERE / "train.py", "--quick", "--n", "2", "--out", "out"], cwd=tmp_path,
                           capture_output=True, env=os.environ | plain, timeout=120)
     assert done.returncode == 0, done.stderr
     assert b"theory, n = 2" in done.stdout

@@ -9,7 +9,7 @@ from running import HERE, read_rows, run
 
 from support import kept, processes
 from support.errors import UnusableInput
-from support.results import METRICS
+from support.results import ALWAYS
 
 SAMPLES = ("samples-training", "samples-held-out", "samples-draws")
 
@@ -75,7 +75,7 @@ def test_two_processes_sample_what_one_samples_and_share_each_batch(tmp_path):
     theirs = read_rows(tmp_path / "two")
     assert [row["processes"] for row in ours + theirs] == [1, 1, 1, 2, 2, 2]
     for one, two in zip(ours[:2], theirs[:2]):          # those that are not trained
-        for key in METRICS[:-1]:
+        for key in ALWAYS[:-1]:
             assert one[key] == pytest.approx(two[key], abs=1e-3), key
 
 

@@ -31,7 +31,8 @@ def test_the_table_is_what_a_person_expects(capsys):
     values = {"ref": (-0.1234, 0.5, 0.001, 0.0, 0.0, 1.6, 0.02, 0.25, 1),
               "bon": (12.345, 0.8, 0.002, 0.6, 0.01, 0.0, 0.0, 0.5, 4),
               "vbon": (11.12, 0.79, 0.003, 0.61, 0.011, 0.05, 0.006, 0.75, 1)}
-    rows = [{"method": method, "n": 4} | dict(zip(metrics, row)) for method, row in values.items()]
+    rows = [{"method": method, "n": 4, "cut": 0.25} | dict(zip(metrics, row))
+            for method, row in values.items()]
     # 3 right answers of 10, and 4 of 10: pairs that tie are (3·2 + 7·6) / 90 and (4·3 + 6·5) / 90
     held = torch.tensor([[1.0] * 3 + [0.0] * 7, [1.0] * 4 + [0.0] * 6])
     ties = (48 / 90 + 42 / 90) / 2
@@ -40,8 +41,12 @@ def test_the_table_is_what_a_person_expects(capsys):
     kl, win = vbon.bon_attains(held, 4)
     assert math.isnan(kl)
     assert win == pytest.approx(0.765, abs=5e-4)
-    report.print_table(rows, held)
-    assert capsys.readouterr().out.startswith(TABLE)
+    report.print_table(rows, held, 24)
+    printed = capsys.readouterr().out
+    assert printed.startswith(TABLE)
+    assert printed.endswith("Responses that do not end within 24 tokens, but are cut: reference "
+                            "25%, best of 4 25%, vBoN 25%.\n")
+    assert max(len(line) for line in TABLE.splitlines()) < 80
 
 
 class Terminal(io.StringIO):

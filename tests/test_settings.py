@@ -40,7 +40,8 @@ def test_a_setting_of_several_stages_changes_in_all_of_them():
 def test_settings_follow_text_model_n_and_flags():
     data = [("a text", 0)] * 10_000
     assert choose(8, data) == DEFAULTS.change(
-        reviews=10_000, vocab=2048, lm_steps=2000, lm_lr=3e-3, epochs=6, m=128, steps=600, lr=3e-3)
+        reviews=10_000, vocab=2048, lm_steps=2000, lm_lr=3e-3, epochs=6, m=128, steps=600, lr=3e-3,
+        length=0)
     s = choose(9, data[:1200])
     assert (s.text.vocab, s.reference.lm_steps, s.tuning.steps) == (512, 400, 1800)
     s = choose(9, data[:4003])
@@ -50,7 +51,9 @@ def test_settings_follow_text_model_n_and_flags():
     given = Pretrained(GPT(50, 12, n_layer=3, n_head=2, n_embd=16), None)
     assert choose(4, data[:6049], given) == DEFAULTS.change(
         reviews=6049, vocab=50, layers=3, heads=2, width=16, lm_steps=120, lm_lr=5e-5, epochs=6,
-        prompts=256, held_prompts=32, steps=250, lr=3e-3, length=8)
+        prompts=256, held_prompts=32, steps=250, lr=3e-3, length=0)
+    # without own text, the length is as much as has room
+    assert choose(4, None, given).text.length == 8
     # everything tiny
     assert choose(flags=["--quick"]) == DEFAULTS.change(
         reviews=600, vocab=400, width=32, lm_steps=10, epochs=1, prompts=8, m=16, held_prompts=8,

@@ -99,11 +99,11 @@ def world(tmp_path_factory):
         "--n", n, "--init", "world", "--data", "texts", "--reward", "own.py", "--lm-steps", 0,
         "--prompt-tokens", 1, "--length", 3, "--steps", 120, cwd=folder)
     assert (status, error) == (0, "")
-    # the held-out prompts, a quarter of the 26 beginnings, stand in samples.txt
-    text = (folder / "out" / "samples.txt").read_text(encoding="utf-8")
+    # the held-out prompts are a quarter of the 26 first letters
+    text = (folder / "out" / "held-out-prompts-seed0.jsonl").read_text(encoding="utf-8")
     reference = GPT.from_pretrained(folder / "world")
     policy = GPT.from_pretrained(folder / "out" / f"policy-n{n}-seed0")
-    prompts = [line[0] for line in text.splitlines() if line[0] != " "]
+    prompts = [json.loads(line)["prompt"] for line in text.splitlines()]
     _, reward = all_responses()
     exact = {"ref": [], "bon": [], "vbon": []}
     for letter in prompts:
