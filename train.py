@@ -12,11 +12,16 @@ the training loop.
 import argparse
 import copy
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+# Before PyTorch starts: let its threads sleep while they wait for each other. By default they spin,
+# and beside other work two threads take longer than one.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from torch import Tensor

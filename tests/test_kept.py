@@ -266,6 +266,37 @@ def test_a_killed_run_ends_with_the_same_numbers(tmp_path):
     assert "continuing after step" in printed
     assert read_rows(tmp_path / "killed") == read_rows(tmp_path / "whole")
 
+
+def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_numbers(tmp_path, monkeypatch):
+    """Before and after each file that it writes into its cache."""
+    args = ["--quick", "--n", "2", "--steps", "5", "--reward",
+            str(HERE / "experiments" / "rewards" / "length.py")]
+    assert run(*args, "--out", "whole", cwd=tmp_path)[0] == 0
+    save = kept.save
+    stops = 0
+    while True:
+        saved = []
+
+        def stopping(*given):
+            # the first run stops before its first file, the next after it, and so on
+            if len(saved) == 1 - stops % 2:
+                raise KeyboardInterrupt
+            saved.append(given)
+            save(*given)
+
+        monkeypatch.setattr(kept, "save", stopping)
+        status = run(*args, "--out", "stopped", cwd=tmp_path)[0]
+        if status == 0:
+            break
+        assert status == 130
+        stops += 1
+        monkeypatch.setattr(kept, "save", save)
+        if stops > 12:
+            assert run(*args, "--out", "stopped", cwd=tmp_path)[0] == 0
+            break
+    assert stops > 10
+    assert read_rows(tmp_path / "stopped") == read_rows(tmp_path / "whole")
+
 # --------------------------------------------------------------------------------- names of contents
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 import re
 
 import pytest
+import torch
 from running import HERE
 
 import vbon
@@ -16,18 +17,22 @@ def test_the_readme_stays_short():
     assert max(len(line) for line in README.splitlines()) <= 140
 
 
-def test_a_program_of_ones_own_comes_near_best_of_4(finished_run, monkeypatch):
+def test_the_programs_of_ones_own_run_and_come_near_best_of_4(finished_run, monkeypatch, capsys):
     """With a reward that the barely trained model of a quick run can earn."""
-    program, = [text for text in PROGRAMS if "vbon.reinforce" in text]
+    first, second = [text for text in PROGRAMS if "vbon." in text]
     short = "-(response != policy.eot).sum(-1)"
-    assert short in program
+    assert short in second
     monkeypatch.chdir(finished_run)
     names = {}
-    exec(program.replace(short, "(response % 7).double().mean(-1)"), names)
+    exec(first.replace('"--n", "4"', '"--quick", "--n", "2", "--out", "out"'), names)
+    printed = capsys.readouterr().out
+    assert printed.count("tensor(") == 3                # F, log π_bon, log π_θ
+    torch.manual_seed(0)
+    exec(second.replace(short, "(response % 7).double().mean(-1)"), names)
     reward_fn = names["reward_fn"]
-    ref_rewards = reward_fn(names["prompt"], names["ref_response"])
-    response, _ = names["policy"].sample(names["prompt"], 200, 24, names["generator"])
-    wins = vbon.win_rate(reward_fn(names["prompt"], response), ref_rewards).mean().item()
+    ref_rewards = reward_fn(names["x"], names["ref_response"])
+    response, _ = names["policy"].sample(names["x"], 200, 24)
+    wins = vbon.win_rate(reward_fn(names["x"], response), ref_rewards).mean().item()
     assert 0.65 < wins < 0.9                            # best of 4: .8
 
 

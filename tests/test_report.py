@@ -143,3 +143,24 @@ def test_a_plot_leaves_the_settings_of_the_caller_as_they_were(tmp_path):
 
 def test_a_line_break_in_a_response_stays_in_its_row():
     assert report.one_line("two\nlines\r\nof text") == "two\\nlines\\nof text"
+
+
+def test_in_a_file_a_line_comes_at_least_every_30_seconds(monkeypatch, capsys):
+    monkeypatch.setitem(report._last_line, "at", 0.0)
+    now = iter(range(0, 100_000, 7))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    for done in range(1, 101):
+        report.show_progress("slow", done, 1000, 0.0)
+    lines = capsys.readouterr().out.splitlines()
+    at = [int(line.split()[2]) for line in lines]
+    assert at[0] <= 35
+    assert all(after - before == 35 for before, after in zip(at, at[1:]))
+
+
+def test_a_constant_reward_is_said_below_the_table(capsys):
+    row = {"method": "ref", "n": 2, "cut": 0.0, "reward": 1.0, "win_rate": 0.5, "win_rate_se": 0.0,
+           "kl_ref": 0.0, "kl_ref_se": 0.0, "kl_bon": 0.0, "kl_bon_se": 0.0, "positive": 1.0,
+           "samples_per_answer": 1}
+    report.print_table([row], torch.ones(2, 8), 24)
+    assert capsys.readouterr().out.endswith("\n\nAll rewards of a prompt are the same: there is "
+                                            "nothing to learn.\n")
