@@ -31,8 +31,8 @@ from model import GPT, add_adapters, merge_adapters, prompts_at_a_time, token_kl
 from reward import Classifier, accuracy, train_classifier
 from support import code, options, processes, report, results
 from support.again import find_run, respond, sample_again
-from support.announce import (announce, announce_rewards, count_rewards, describe_samples,
-                              describe_text)
+from support.announce import (announce, announce_rewards, count_rewards, describe_cost,
+                              describe_samples, describe_text, operations)
 from support.inputs import Inputs, encode_prompt, read_inputs
 from support.kept import keep, model_content, rebuild_model, resume, save_checkpoint
 from support.leave import leave
@@ -227,6 +227,7 @@ def prepare(args: argparse.Namespace, inputs: Inputs, settings: Settings, n: int
     prompt = encode_prompt(args.sample, text.encoding, initial.config["block_size"])
     for note in announce(settings, initial, n, args):
         say(note)
+    say(describe_cost(operations(settings, initial, text, policies), device))
     if own_reward is not None:
         seconds = try_reward(own_reward, text.encoding, text.tokens, settings.text.prompt_tokens)
 
@@ -369,9 +370,9 @@ def evaluate(policy: GPT, reference: GPT, reward_fn, prompts: Tensor, settings: 
     judged = compute_rewards(reward_fn, prompts, sampled["response"], name, device.type)
     ref_logprob = []
     kl_ref = []
+    part = prompts_at_a_time(policy, settings.k_eval, settings.length)
     with torch.no_grad():
-        # one prompt at a time, since a large vocabulary makes large logits
-        for prompt, response in zip(prompts.split(1), sampled["response"].split(1)):
+        for prompt, response in zip(prompts.split(part), sampled["response"].split(part)):
             prompt = prompt.to(device)
             response = response.to(device)
             ref_logprob.append(reference.logprob(prompt, response).cpu())

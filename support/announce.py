@@ -1,6 +1,7 @@
 """What a run will take, and what it cannot reach: the lines before the work begins."""
 import argparse
 import math
+import time
 
 import torch
 
@@ -26,6 +27,40 @@ def announce(settings: AllSettings, model: GPT, n: int, args: argparse.Namespace
         notes.append(f"M = {settings.samples.m} is small for n = {n}: even a perfect policy would "
                      f"win only {wins:.3f} ({n / (n + 1):.3f} by best of {n}); raise --m")
     return notes
+
+
+def operations(settings: AllSettings, model: GPT, text: Text, policies: int = 1) -> float:
+    """Return the floating-point operations of a run, if no stage is finished yet.
+
+    A weight takes 2 operations for each token in a forward pass, and 4 in a backward pass. In an
+    update, a token is sampled, scored by reference and policy, and goes backward: 10 operations.
+    """
+    s = settings
+    prompts = len(text.prompts)
+    held_out = len(text.held_prompts)
+    weights = sum(p.numel() for name, p in model.named_parameters() if name[:3] not in ("wte", "wpe"))
+    if model.config["tied"]:
+        weights += model.wte.weight.numel()             # it is the head, too
+    reference = 6 * s.reference.lm_steps * s.reference.lm_batch
+    sampled = 2 * (prompts * s.samples.m + 2 * held_out * s.samples.m_eval)
+    updates = 10 * s.tuning.steps * min(s.tuning.batch, prompts) * s.tuning.k
+    evaluated = 8 * held_out * s.evaluation.k_eval
+    tokens = s.text.prompt_tokens + text.length
+    return weights * tokens * (reference + sampled + policies * (updates + evaluated))
+
+
+def describe_cost(count: float, device: torch.device) -> str:
+    """Return what this many operations take: a line, with an estimate of the time."""
+    x = torch.randn(1024, 1024, device=device, generator=torch.Generator(device).manual_seed(0))
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        (x @ x).sum().item()                            # .item() waits for a GPU
+        seconds.append(time.perf_counter() - began)
+    # small models take some three times as long as their matrix products alone
+    minutes = 3 * count / (2 * 1024 ** 3 / min(seconds)) / 60
+    duration = f"some {minutes:,.0f} minutes" if minutes > 1.5 else "about a minute"
+    return f"cost: {count / 1e12:.3g} TFLOP at most, {duration} here"
 
 
 def wins_of_target(n: int, m: int) -> float:

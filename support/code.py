@@ -61,7 +61,9 @@ def code_of_name(name: str, namespace: dict) -> str:
     """
     file = os.path.abspath(namespace["__file__"])
     module = sys.modules.get(namespace["__name__"])
-    if module is not None and vars(module) is namespace and module.__spec__ is not None:
+    # a program that was started has no __spec__; it reads its source when it starts
+    is_imported = module is not None and getattr(module, "__spec__", None) is not None
+    if is_imported and vars(module) is namespace:
         read_sources(module.__name__)
     elif file not in _sources:
         read_source(file)

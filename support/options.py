@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
         found = super().parse_args(*args, **kwargs)
         words = sys.argv[1:] if not args or args[0] is None else args[0]
         found.given = [word.split("=")[0] for word in words if word.startswith("--")]
-        if found.out is None:
+        if found.out is None and hasattr(found, "quick"):
             found.out = "out-quick" if found.quick else "out"
         return found
 

@@ -41,6 +41,10 @@ def connect(device: str) -> torch.device:
         chosen = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:     # what PyTorch raises for a wrong device
         raise UnusableInput(f"--device {device}: {str(error).splitlines()[0]}") from None
+    if chosen.type == "cuda":
+        # TF32: on an H100, log-probabilities of GPT-2 are ten times as precise as with bfloat16,
+        # and updates are faster than with float32
+        torch.set_float32_matmul_precision("high")
     if several:
         _join_group(chosen)
     return chosen

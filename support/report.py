@@ -77,6 +77,7 @@ def show_progress(label: str, done: int, total: int, began: float, stats: dict |
     spent = now - began
     live = sys.stdout.isatty()
     quarter = done * 4 // total > (done - 1) * 4 // total
+    quarter = quarter or (done == 1 and spent * total > 60)     # long work: an estimate at once
     if not live and not quarter and now - max(began, _last_line["at"]) < 30:
         return
     _last_line["at"] = now

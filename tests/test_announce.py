@@ -1,5 +1,6 @@
 """What is said before the work begins."""
 import argparse
+import re
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from running import run
 import train
 import vbon
 from model import GPT
-from support.announce import announce, wins_of_target
+from support.announce import announce, describe_cost, operations, wins_of_target
+from support.text import Text
 
 NOTHING = argparse.Namespace(quick=False, m=None)
 
@@ -50,3 +52,27 @@ def test_a_large_model_says_what_it_takes():
         large = GPT(50257, 1024, 12, 12, 768)           # 124 M weights: 0.5 GB
     note, = announce(train.Settings(), large, 4, NOTHING)
     assert note == "this model needs about 4 GB of memory, and 2 GB on the disk"
+
+
+def test_the_operations_of_a_run_are_counted_weight_by_weight():
+    """One weight in a linear layer more is that many operations more."""
+    text = Text(None, 24, 0.0, 24, *[None] * 4, torch.zeros(512, 4), torch.zeros(64, 4))
+    settings = train.Settings()
+    model = GPT(768, 28, 2, 2, 64)
+    count = operations(settings, model, text)
+    weights = 2 * (12 * 64 ** 2 + 13 * 64) + 128 + 768 * 64         # with biases and norms
+    passes = (6 * 1000 * 64                             # the reference model
+              + 2 * (512 * 64 + 2 * 64 * 512)           # reference samples
+              + 10 * 90 * 64 * 8                        # updates
+              + 8 * 64 * 64)                            # the evaluation
+    assert count == 28 * weights * passes
+    model.untie_head()
+    assert operations(settings, model, text) == count
+    assert operations(settings, model, text, policies=3) > 2 * count / 3
+
+
+def test_the_cost_is_said_with_a_time():
+    line = describe_cost(4.1e12, torch.device("cpu"))
+    assert re.fullmatch(r"cost: 4.1 TFLOP at most, (some \d+ minutes|about a minute) here", line)
+    hours = describe_cost(7e15, torch.device("cpu"))
+    assert int(hours.split("some ")[1].split()[0].replace(",", "")) > 60

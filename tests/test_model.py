@@ -1,5 +1,6 @@
 """The network, sampling and scoring, adapters, and the loss of a language model."""
 import copy
+import itertools
 import math
 
 import pytest
@@ -242,3 +243,55 @@ def test_more_tokens_than_there_are_positions_are_refused(use):
     tokens = torch.cat([some_tokens(), some_tokens()[:, :1]], 1)        # 13, and 12 positions
     with pytest.raises(ValueError, match="tokens; this model has room for 12"):
         use(small_gpt(), tokens)
+
+# ------------------------------------------------------------------- sampling, with responses that end
+
+def ending_gpt():
+    """Two letters and end-of-text, which is frequent: after 8 tokens, most responses have ended."""
+    generator = torch.Generator().manual_seed(1)
+    model = GPT(3, 10, n_layer=1, n_head=2, n_embd=16, generator=generator)
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 6
+    return model
+
+
+@torch.no_grad()
+def test_samples_follow_the_enumerated_distribution_while_ended_ones_leave_the_batch():
+    model = ending_gpt()
+    strings = set()
+    for ids in itertools.product(range(3), repeat=7):
+        if 2 in ids:
+            ids = ids[:ids.index(2)] + (2,) * (7 - ids.index(2))
+        strings.add(ids)
+    strings = torch.tensor(sorted(strings))[None]                       # (1, 255, 7)
+    prob = model.logprob(torch.tensor([[1, 0]]), strings)[0].exp()
+    assert prob.sum().item() == pytest.approx(1, abs=1e-6)
+    prompt = torch.tensor([[1, 0]]).repeat(4, 1)
+    response, logprob = model.sample(prompt, 10_000, 7, torch.Generator().manual_seed(0))
+    ended = (response[..., :4] == 2).any(-1).double().mean()
+    assert 0.1 < ended < 0.95                           # some leave the batch, some do not
+    code = 3 ** torch.arange(7)
+    index = torch.searchsorted(*[x.contiguous() for x in sort_codes(strings, response, code)])
+    order = (strings[0] * code).sum(-1).argsort()
+    found = order[index.flatten()]
+    share = found.bincount(minlength=255) / 40_000
+    assert ((share - prob).abs() < 5 * (prob / 40_000).sqrt() + 1e-4).all()
+    assert torch.allclose(logprob.flatten(), prob.log()[found], rtol=0, atol=1e-5)
+
+
+def sort_codes(strings, response, code):
+    """The sorted codes of all strings, and the codes of responses."""
+    return (strings[0] * code).sum(-1).sort().values, (response * code).sum(-1)
+
+
+@torch.no_grad()
+def test_logprobs_of_500_tokens_agree_to_four_digits():
+    generator = torch.Generator().manual_seed(0)
+    model = GPT(3000, 512, n_layer=2, n_head=2, n_embd=32, generator=generator)
+    for p in model.parameters():
+        p *= 3
+    prompt = torch.randint(0, 2999, (4, 4), generator=generator)
+    response, sampled = model.sample(prompt, 4, 500, generator)
+    assert response_mask(response, 2999).sum(-1).max() > 300
+    assert (sampled - model.logprob(prompt, response)).abs().max() < 1e-4
