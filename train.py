@@ -97,7 +97,7 @@ class TuningSettings:
     k: int = 8                      # K, responses to each of these prompts
     length: int = 24
     rank: int = 4                   # of the adapters
-    lr: float = 5e-3                # learning rate
+    lr_scale: float = 0.54          # learning rate · √(number of trained parameters)
     processes: int = 1              # number of processes that share an update
 
 
@@ -322,11 +322,14 @@ def fine_tune(checkpoint: Path, method: Method, n: int, reference: GPT, reward_f
     """Fine-tune a copy of the reference towards the method's target; a stage for `keep`."""
     policy = copy.deepcopy(reference)
     trained = add_adapters(policy, settings.rank, seeded_generator("cpu", "adapters", seed))
-    optimizer = torch.optim.Adam(trained, lr=settings.lr, betas=(0.9, 0.99), fused=True)
+    # Adam moves each parameter by about lr in an update, however small its gradient is. Near the
+    # target this is noise, whose KL grows with lr² times the number of trained parameters.
+    lr = settings.lr_scale / math.sqrt(sum(p.numel() for p in trained))
+    optimizer = torch.optim.Adam(trained, lr=lr, betas=(0.9, 0.99), fused=True)
     first, history, before = resume(checkpoint, trained, optimizer)
     began = time.monotonic() - before
     for step in range(first, settings.steps):
-        optimizer.param_groups[0]["lr"] = settings.lr * decay(step, settings.steps)
+        optimizer.param_groups[0]["lr"] = lr * decay(step, settings.steps)
         batch = choose_batch(samples, step, settings.batch, seed, policy.wte.weight.device)
         # each update has its own random numbers: a resumed run ends with the same policy
         generator = seeded_generator(batch.prompt.device, *method.names, seed, step,

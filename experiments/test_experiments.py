@@ -352,7 +352,7 @@ def test_an_update_follows_the_exact_gradient_and_reports_the_exact_means(method
     policy, _, _ = tiny_world()
     for p in policy.parameters():
         p.data *= 1.3
-    cached, _ = reference.sample(prompt, 5_000, 3, torch.Generator().manual_seed(0))
+    cached, _ = reference.sample(prompt, 20_000, 3, torch.Generator().manual_seed(0))
     ref_rewards = world_reward(prompt, cached)
     batch = train.Batch(9, prompt.repeat(3, 1), cached.repeat(3, 1, 1), ref_rewards.repeat(3, 1))
     settings = train.TuningSettings(k=6_000, steps=10, length=3)
@@ -447,7 +447,7 @@ def test_half_of_the_responses_of_bond_are_winners(monkeypatch):
 
 def test_the_loop_gives_each_update_its_rate_and_its_batch(tmp_path, monkeypatch):
     reference, samples = three_prompts()
-    settings = train.TuningSettings(steps=8, batch=2, k=4, length=3, lr=0.02)
+    settings = train.TuningSettings(steps=8, batch=2, k=4, length=3, lr_scale=2.0)
     rates = []
     batches = []
     step = torch.optim.Adam.step
@@ -463,7 +463,11 @@ def test_the_loop_gives_each_update_its_rate_and_its_batch(tmp_path, monkeypatch
     monkeypatch.setattr(torch.optim.Adam, "step", watched)
     method = train.Method("", ("vbon", 2), gradient)
     train.fine_tune(tmp_path / "a", method, 2, reference, world_reward, samples, settings, 0)
-    assert rates == [0.02 * train.decay(step, 8) for step in range(8)]
+    # an adapter of rank 4 has as many parameters as four rows and columns of its linear layer
+    parameters = sum(4 * sum(module.weight.shape) for module in reference.modules()
+                     if isinstance(module, torch.nn.Linear))
+    rate = 2.0 / math.sqrt(parameters)
+    assert rates == pytest.approx([rate * train.decay(step, 8) for step in range(8)])
     assert [batch.step for batch in batches] == list(range(8))
     assert len({tuple(batch.prompt[:, 0].tolist()) for batch in batches}) > 2
     for batch in batches:

@@ -46,7 +46,6 @@ def choose_settings(s: AllSettings, args: argparse.Namespace, n: int, inputs: In
             epochs=6,
             m=128,
             steps=600,
-            lr=3e-3,
             length=args.length or 0,                    # chosen when the text is read
         )
     if inputs.pretrained is not None:

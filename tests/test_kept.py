@@ -191,7 +191,7 @@ def test_an_old_class_of_a_reloaded_file_is_refused(program):
     ("batch", 5, POLICY),
     ("k", 5, POLICY),
     ("rank", 3, POLICY),
-    ("lr", 1e-3, POLICY),
+    ("lr_scale", 0.1, POLICY),
     ("m", 17, {"samples-training", "rewards-training"} | POLICY),
     ("prompts", 9, {"samples-training", "rewards-training"} | POLICY),
     ("held_prompts", 9, SAMPLES | POLICY),

@@ -24,7 +24,7 @@ def test_the_main_job_has_the_sizes_that_the_readme_states():
         "reviews": 12_000, "vocab": 768, "prompt_tokens": 4, "length": 24, "layers": 2, "heads": 2,
         "width": 64, "lm_steps": 1000, "lm_batch": 64, "lm_lr": 6e-3, "epochs": 4, "prompts": 512,
         "m": 64, "held_prompts": 64, "m_eval": 512, "steps": 90, "batch": 64, "k": 8, "rank": 4,
-        "lr": 5e-3, "k_eval": 64, "processes": 1}
+        "lr_scale": 0.54, "k_eval": 64, "processes": 1}
     assert choose() == DEFAULTS
 
 
@@ -40,7 +40,7 @@ def test_a_setting_of_several_stages_changes_in_all_of_them():
 def test_settings_follow_text_model_n_and_flags():
     data = [("a text", 0)] * 10_000
     assert choose(8, data) == DEFAULTS.change(
-        reviews=10_000, vocab=2048, lm_steps=2000, lm_lr=3e-3, epochs=6, m=128, steps=600, lr=3e-3,
+        reviews=10_000, vocab=2048, lm_steps=2000, lm_lr=3e-3, epochs=6, m=128, steps=600,
         length=0)
     s = choose(9, data[:1200])
     assert (s.text.vocab, s.reference.lm_steps, s.tuning.steps) == (512, 400, 1800)
@@ -51,7 +51,7 @@ def test_settings_follow_text_model_n_and_flags():
     given = Pretrained(GPT(50, 12, n_layer=3, n_head=2, n_embd=16), None)
     assert choose(4, data[:6049], given) == DEFAULTS.change(
         reviews=6049, vocab=50, layers=3, heads=2, width=16, lm_steps=120, lm_lr=5e-5, epochs=6,
-        prompts=256, held_prompts=32, steps=250, lr=3e-3, length=0)
+        prompts=256, held_prompts=32, steps=250, length=0)
     # without own text, the length is as much as has room
     assert choose(4, None, given).text.length == 8
     # everything tiny
