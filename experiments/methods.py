@@ -1,76 +1,58 @@
 """Other methods beside vBoN: other targets, or other losses. train.fine_tune trains them all.
 
-    method     moves the policy to             by
-    bound      π_ref · F^(N-1), the bound (3)  reverse KL, REINFORCE
-    kl-rl      π_ref · exp(r / β)              reverse KL, REINFORCE: E[r] - β · KL(π_θ || π_ref)
-    bon-sft    π_bon                           forward KL: maximum likelihood on winners
-    bond       π_bon                           BOND's Jeffreys loss with N fixed: half of each
+    method         moves the policy to                         by
+    bound          π_ref · F^(N-1), the bound (3)              reverse KL, REINFORCE
+    kl-rl          π_ref · exp(r / β)                          reverse KL, REINFORCE
+    infalign-ctrl  π_ref · exp(exp(10 · win rate) / β)         reverse KL, REINFORCE
+    wind           π_ref · exp(P(y beats π) / β)               reverse KL, REINFORCE
+    max-at-k       the best E[best reward of N] - β · KL       PKPO's weights
+    max-at-k-win   the same, with the win rate as reward       PKPO's weights
+    infalign       the same, with F^N as reward                PKPO's weights
+    bon-sft        π_bon                                       likelihood of winners
+    bond           π_bon                                       half of each: BOND's Jeffreys loss
+    bonbon         nearly π_bon                                best and worst of n cached responses
 
-bond is not all of BOND (arXiv 2407.14622), which takes many small steps from a moving anchor.
-Winners are the best of n of the cached responses of the reference: no new samples.
 Each function below takes the place of train.vbon_gradient: it adds the gradient of its loss to the
-policy's .grad, and returns means that are worth watching. Soft best-of-N (arXiv 2505.03156), which
-needs no training, is at the end.
+policy's .grad, and returns means that are worth watching. β is chosen such that the aim is as far
+from the reference as best-of-N; README.md has the papers, theory.py the aims.
 """
 import functools
-import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import vbon
-from experiments.theory import winner_weights
+from experiments import theory
 from model import GPT, prompts_at_a_time
 from support import code
 from train import Batch, Method, TuningSettings, watch
 
 code.read_source(__file__)
 
-METHODS = ("bound", "kl-rl", "bon-sft", "bond")
-FROM_WINNERS = ("bon-sft", "bond")                      # these need n different cached responses
+METHODS = ("bound", "kl-rl", "infalign-ctrl", "wind", "max-at-k", "max-at-k-win", "infalign",
+           "bon-sft", "bond", "bonbon")
+FROM_WINNERS = ("bon-sft", "bond", "bonbon")            # these need n different cached responses
+FROM_SETS = ("max-at-k", "max-at-k-win", "infalign")    # these need n own responses to a prompt
 
 
 def choose_method(name: str, n: int, beta: float | None) -> Method:
-    """Return one of METHODS; only kl-rl has a β."""
-    gradients = {"bound": bound_gradient, "kl-rl": functools.partial(kl_rl_gradient, beta=beta),
-                 "bon-sft": bon_sft_gradient, "bond": bond_gradient}
+    """Return one of METHODS; β belongs to those in theory.WITH_BETA."""
+    gradients = {"bon-sft": bon_sft_gradient, "bond": bond_gradient, "bonbon": bonbon_gradient}
+    targets = {"bound": bound_target, "wind": wind_target}
+    if name in gradients:
+        gradient = gradients[name]
+    elif name in FROM_SETS:
+        gradient = functools.partial(max_at_k_gradient, name=name, beta=beta)
+    elif name in targets:
+        gradient = functools.partial(target_gradient, target=targets[name], beta=beta)
+    else:
+        target = functools.partial(value_target, name=name)
+        gradient = functools.partial(target_gradient, target=target, beta=beta)
     label = f"{name} n={n}"
     if name == "kl-rl":
         label = f"kl-rl beta={beta:g}"
-    return Method(label, (name, beta, n), gradients[name])
-
-# ------------------------------------------------------------------- the same loss, another target
-
-def bound_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
-                   settings: TuningSettings, generator: torch.Generator) -> dict[str, float]:
-    """vBoN with the bound (3) in the place of `bon_target`; returns win_rate and kl_ref."""
-    n = vbon.grow(n, batch.step, settings.steps)
-    part = prompts_at_a_time(policy, settings.k, settings.length)
-    rollout = vbon.roll_out(policy, reference, reward_fn, batch.prompt, settings.k, settings.length,
-                            generator, part)
-    # (c): only the term i = 1 of equation (2)
-    log_cdf = vbon.empirical_cdf(rollout.reward, batch.ref_rewards).log()
-    log_target = vbon.bon_logprob_bound(rollout.ref_logprob, log_cdf, n)
-    logprob = vbon.reinforce(policy, batch.prompt, rollout.response, log_target, part)
-    return watch(batch, rollout, logprob)
-
-
-def kl_rl_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
-                   settings: TuningSettings, generator: torch.Generator, beta: float
-                   ) -> dict[str, float]:
-    """KL-regularised RL (arXiv 1909.08593) as a reverse KL to π_ref · exp(r / β), normalised.
-
-    The normaliser is unknown, and drops out with the baseline. n is not used: its target has no N.
-    Returns win_rate and kl_ref.
-    """
-    beta = grow_beta(beta, batch.step, settings.steps)
-    part = prompts_at_a_time(policy, settings.k, settings.length)
-    rollout = vbon.roll_out(policy, reference, reward_fn, batch.prompt, settings.k, settings.length,
-                            generator, part)
-    # (c): the reward itself, not how it ranks the response
-    log_target = rollout.ref_logprob + rollout.reward.cpu().double() / beta
-    logprob = vbon.reinforce(policy, batch.prompt, rollout.response, log_target, part)
-    return watch(batch, rollout, logprob)
+    return Method(label, (name, beta, n), gradient)
 
 
 def grow_beta(beta: float, step: int, steps: int) -> float:
@@ -78,7 +60,105 @@ def grow_beta(beta: float, step: int, steps: int) -> float:
     share = min(1.0, (step + 1) / (0.4 * steps))
     return beta / share
 
-# ---------------------------------------------------------------------------------- another loss
+# ------------------------------------------------------------- vBoN's loss, with another target (c)
+
+def target_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
+                    settings: TuningSettings, generator: torch.Generator, target: Callable,
+                    beta: float | None) -> dict[str, float]:
+    """train.vbon_gradient with another log target; returns win_rate and kl_ref."""
+    n = vbon.grow(n, batch.step, settings.steps)
+    if beta is not None:
+        beta = grow_beta(beta, batch.step, settings.steps)
+    part = prompts_at_a_time(policy, settings.k, settings.length)
+    rollout = vbon.roll_out(policy, reference, reward_fn, batch.prompt, settings.k, settings.length,
+                            generator, part)
+    # (c): the target may be known up to a factor, which the baseline subtracts
+    log_target = target(rollout, batch.ref_rewards, n, beta)
+    logprob = vbon.reinforce(policy, batch.prompt, rollout.response, log_target, part)
+    return watch(batch, rollout, logprob)
+
+
+def bound_target(rollout: vbon.Rollout, ref_rewards: Tensor, n: int, beta: None) -> Tensor:
+    """The bound (3): only the term i = 1 of equation (2)."""
+    log_cdf = vbon.empirical_cdf(rollout.reward, ref_rewards).log()
+    return vbon.bon_logprob_bound(rollout.ref_logprob, log_cdf, n)
+
+
+def value_target(rollout: vbon.Rollout, ref_rewards: Tensor, n: int, beta: float, name: str
+                 ) -> Tensor:
+    """KL-regularised RL (arXiv 1909.08593), as a reverse KL to π_ref · exp(value / β).
+
+    The value is the reward itself, or InfAlign-CTRL's exp(10 · win rate) (arXiv 2412.19792).
+    """
+    values = theory.method_values(name, n, rollout.reward, ref_rewards)
+    return rollout.ref_logprob + values / beta
+
+
+def wind_target(rollout: vbon.Rollout, ref_rewards: Tensor, n: int, beta: float) -> Tensor:
+    """WIND (arXiv 2410.20727): the value of y is how often it beats the policy's other responses.
+
+    The leave-one-out baseline of y contains the comparisons with y once more, with the other sign:
+    they count K/(K-1) times. So the number of wins is divided by K, not by K - 1.
+    """
+    k = rollout.reward.shape[1]
+    # a response ties with itself, which counts half
+    wins = vbon.win_rate(rollout.reward, rollout.reward) * k - 0.5
+    return rollout.ref_logprob + wins / (k * beta)
+
+# ------------------------------------------------------------------ the best of several own responses
+
+def max_at_k_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
+                      settings: TuningSettings, generator: torch.Generator, name: str, beta: float
+                      ) -> dict[str, float]:
+    """E[the best value of n own responses] / β - KL(π_θ || π_ref): PKPO (arXiv 2505.15201).
+
+    The value is the reward, the win rate, or F^n: the last one is InfAlign's objective (arXiv
+    2412.19792), the win rate of best-of-n of the policy over best-of-n of the reference.
+    """
+    beta = grow_beta(beta, batch.step, settings.steps)
+    part = prompts_at_a_time(policy, settings.k, settings.length)
+    rollout = vbon.roll_out(policy, reference, reward_fn, batch.prompt, settings.k, settings.length,
+                            generator, part)
+    values = theory.method_values(name, n, rollout.reward, batch.ref_rewards)
+    weights = max_at_k_weights(values, n)
+
+    def loss(logprob: Tensor, rows: slice) -> Tensor:
+        kl = vbon.reverse_kl_loss(logprob, rollout.ref_logprob[rows])
+        # a sum over the K responses; no baseline, since the weights compare with the others already
+        gain = (weights[rows] * logprob).sum(-1).mean()
+        return kl - gain / beta
+
+    logprob = descend(policy, batch.prompt, rollout.response, loss, part)
+    return watch(batch, rollout, logprob)
+
+
+def max_at_k_weights(values: Tensor, k: int) -> Tensor:  # (P, K) -> (P, K)
+    """Return w, with which Σ w_i ∇log π_θ(y_i) is an unbiased gradient of E[best value of k].
+
+    w_i is the mean over all sets of k responses of what y_i adds to the best value of its set, times
+    k/K: equation of PKPO with the leave-one-out baseline. Values 1, 2, 4 with k = 2 give
+    0, (2-1)/3, (4-1 + 4-2)/3. Raises ValueError unless 1 <= k <= K.
+    """
+    K = values.shape[1]
+    if not 1 <= k <= K:
+        raise ValueError(f"want k from 1 to K = {K}, got {k}")
+    if k == 1:
+        # nothing to compare with: keep the leave-one-out baseline of (6)
+        return (values - vbon.leave_one_out(values)) / K
+    ordered, order = values.sort(-1)
+    # of the sets that y_i is in, C(j, k-2) have the j-th response (from 0) as the best of the others
+    j = torch.arange(K)
+    sets = vbon._share_of_sets(j.double(), k - 2, K) * _ratio_of_sets(k, K)
+    count = sets.cumsum(0) - sets
+    best = (sets * ordered).cumsum(-1) - sets * ordered
+    return torch.zeros_like(ordered).scatter(-1, order, count * ordered - best)
+
+
+def _ratio_of_sets(k: int, K: int) -> float:
+    """Return C(K, k-2) / C(K, k)."""
+    return k * (k - 1) / ((K - k + 2) * (K - k + 1))
+
+# ----------------------------------------------------------------------- from cached responses alone
 
 def bon_sft_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
                      settings: TuningSettings, generator: torch.Generator) -> dict[str, float]:
@@ -114,6 +194,34 @@ def bond_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
     return {"nll": nll} | watch(batch, rollout, logprob)
 
 
+def bonbon_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
+                    settings: TuningSettings, generator: torch.Generator) -> dict[str, float]:
+    """BoNBoN (arXiv 2406.00832): from the best and the worst of the same n cached responses.
+
+    With h = log π_θ - log π_ref, the loss is -α log π_θ(best) + (1-α) (h(best) - h(worst) - c)².
+    For best-of-n, h(best) - h(worst) has the mean c; it is not c for each pair, and so the optimum
+    is not π_bon. Returns margin, the mean of h(best) - h(worst).
+    """
+    best, worst = sample_pairs(batch, n, settings.k // 2, generator)
+    response = torch.cat([best, worst], 1)
+    part = prompts_at_a_time(policy, settings.k, settings.length)
+    with torch.no_grad():
+        ref_logprob = [reference.logprob(x, y) for x, y in
+                       zip(batch.prompt.split(part), response.split(part))]
+    ref_logprob = torch.cat(ref_logprob).cpu().double()
+    alpha = theory.BONBON_ALPHA
+    c = theory.bonbon_margin(n)
+
+    def loss(logprob: Tensor, rows: slice) -> Tensor:
+        log_best, _ = logprob.chunk(2, 1)
+        h_best, h_worst = (logprob - ref_logprob[rows]).chunk(2, 1)
+        return (-alpha * log_best + (1 - alpha) * (h_best - h_worst - c) ** 2).mean()
+
+    logprob = descend(policy, batch.prompt, response, loss, part)
+    h_best, h_worst = (logprob - ref_logprob).chunk(2, 1)
+    return {"margin": (h_best - h_worst).mean().item()}
+
+
 def follow_likelihood(policy: GPT, prompt: Tensor, response: Tensor, settings: TuningSettings
                       ) -> float:
     """Add the gradient of the negative log-likelihood of responses (P, K, L) to .grad.
@@ -121,45 +229,52 @@ def follow_likelihood(policy: GPT, prompt: Tensor, response: Tensor, settings: T
     Returns it in nats per response.
     """
     part = prompts_at_a_time(policy, settings.k, settings.length)
-    nll = 0.0
-    for x, y in zip(prompt.split(part), response.split(part)):
-        share = len(x) / len(prompt)
-        loss = -share * policy.logprob(x, y).mean()
-        loss.backward()
-        nll += loss.item()
-    return nll
+    logprob = descend(policy, prompt, response, lambda logprob, rows: -logprob.mean(), part)
+    return -logprob.mean().item()
+
+
+def descend(policy: GPT, prompt: Tensor, response: Tensor, loss: Callable, part: int) -> Tensor:
+    """Add the gradient of a loss to .grad, `part` prompts at a time, as vbon.reinforce does.
+
+    loss takes log π_θ(y) (part, K) and the rows of these prompts, and returns a mean over them.
+    Returns log π_θ(y) (P, K), without gradients.
+    """
+    found = []
+    for first in range(0, len(prompt), part):
+        rows = slice(first, first + part)
+        logprob = policy.logprob(prompt[rows], response[rows]).cpu().double()
+        share = len(logprob) / len(prompt)
+        (share * loss(logprob, rows)).backward()
+        found.append(logprob.detach())
+    return torch.cat(found)
 
 
 def sample_winners(batch: Batch, n: int, k: int, generator: torch.Generator) -> Tensor:
     """Return k responses to each prompt (P, k, L), each the best of n different cached ones."""
-    weight = winner_weights(batch.ref_rewards, n).float().to(generator.device)
+    weight = theory.winner_weights(batch.ref_rewards, n).float().to(generator.device)
     best = torch.multinomial(weight, k, replacement=True, generator=generator)
-    best = best.to(batch.ref_response.device)
-    rows = torch.arange(len(best), device=best.device)[:, None]
-    return batch.ref_response[rows, best]
-
-# ------------------------------------------------------------------------- decoding: soft best-of-N
-
-def soft_best_of_n(reward: Tensor, beta: float, generator: torch.Generator) -> Tensor:
-    """Return the index of one of N responses, with probability ∝ exp(r / β). (P, N) -> (P,)"""
-    chance = (reward.cpu().double() / beta).softmax(-1)
-    return torch.multinomial(chance, 1, generator=generator)[:, 0]
+    return take(batch.ref_response, best)
 
 
-def soft_bon_logprob(ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int, beta: float
-                     ) -> Tensor:  # (P, K), (P, K), (P, M) -> (P, K)
-    """Return the log-probability of y under soft best-of-n: π_ref(y) · n · P(y wins).
+def sample_pairs(batch: Batch, n: int, k: int, generator: torch.Generator
+                 ) -> tuple[Tensor, Tensor]:
+    """Return k pairs (P, k, L): the best and the worst of the same n different cached responses.
 
-    Against n - 1 rivals, y wins with probability e^(r/β) / (e^(r/β) + Σ e^(rival/β)). This is
-    averaged over groups of n - 1 of the M reference rewards, each used once. Needs M >= n - 1.
+    They are in random order, so that ties are broken at random.
     """
-    ref_logprob = ref_logprob.cpu().double()
-    if n == 1:
-        return ref_logprob
-    P, M = ref_rewards.shape
-    groups = M // (n - 1)
-    rivals = ref_rewards.cpu().double()[:, :groups * (n - 1)] / beta
-    rivals = rivals.view(P, 1, groups, n - 1).logsumexp(-1)                 # (P, 1, groups)
-    own = reward.cpu().double()[:, :, None] / beta                          # (P, K, 1)
-    log_win = torch.nn.functional.logsigmoid(own - rivals)                  # (P, K, groups)
-    return ref_logprob + math.log(n) + log_win.logsumexp(-1) - math.log(groups)
+    P, M = batch.ref_rewards.shape
+    order = torch.rand(P, k, M, generator=generator, device=generator.device).argsort(-1)
+    chosen = order[..., :n].cpu()
+    rewards = batch.ref_rewards.cpu().double()[:, None].expand(P, k, M).gather(-1, chosen)
+    best = chosen.gather(-1, rewards.argmax(-1, keepdim=True))[..., 0]
+    # the first of the worst in the opposite order: independent of which one is the best
+    flipped = chosen.flip(-1)
+    worst = flipped.gather(-1, rewards.flip(-1).argmin(-1, keepdim=True))[..., 0]
+    return take(batch.ref_response, best), take(batch.ref_response, worst)
+
+
+def take(response: Tensor, chosen: Tensor) -> Tensor:
+    """Return the responses (P, k, L) with these numbers (P, k) among (P, M, L)."""
+    chosen = chosen.to(response.device)
+    rows = torch.arange(len(chosen), device=response.device)[:, None]
+    return response[rows, chosen]

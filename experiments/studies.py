@@ -21,7 +21,7 @@ from torch import Tensor
 import train
 import vbon
 from experiments import theory
-from experiments.compare import mean_and_spread, with_error
+from experiments.summary import mean_and_spread, with_error
 from model import GPT, add_adapters
 from support import options, report, results
 from support.errors import UnusableInput

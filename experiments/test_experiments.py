@@ -15,7 +15,7 @@ import torch
 
 import train
 import vbon
-from experiments import compare, methods, studies, theory
+from experiments import compare, decoders, methods, studies, summary, theory
 from model import GPT
 from support import kept, results
 from support.errors import UnusableInput
@@ -206,7 +206,7 @@ def test_rewards_of_any_size_have_the_same_aims(scale):
 
 
 def test_very_large_and_small_numbers_stay_narrow_in_a_table():
-    assert [compare.number(x) for x in (0.0, 1.5, -4.7e20, 3e-7)] == [
+    assert [summary.number(x) for x in (0.0, 1.5, -4.7e20, 3e-7)] == [
         "0.000", "1.500", "-4.7e+20", "3e-07"]
 
 
@@ -256,13 +256,13 @@ def test_soft_best_of_n_is_brute_force(n):
     rivals = list(itertools.product(reward[0].tolist(), repeat=max(1, n - 1)))
     rivals = torch.tensor(rivals).double().view(1, -1)
     ref_logprob = torch.full((1, 6), 1 / 6).log()
-    found = methods.soft_bon_logprob(ref_logprob, reward, rivals, n, 0.7)
+    found = decoders.soft_bon_logprob(ref_logprob, reward, rivals, n, 0.7)
     assert torch.allclose(found[0].exp(), truth, atol=1e-6)
 
 
 def test_soft_best_of_n_draws_by_its_weights():
     reward = TIED[:1].repeat(20_000, 1)
-    sampled = methods.soft_best_of_n(reward, 0.7, torch.Generator().manual_seed(0))
+    sampled = decoders.soft_best_of_n(reward, 0.7, torch.Generator().manual_seed(0))
     frequency = sampled.bincount(minlength=6) / 20_000
     assert torch.allclose(frequency.double(), (TIED[0] / 0.7).softmax(0), atol=0.015)
 
@@ -341,6 +341,53 @@ def exact_kl(policy, goal, forward):
     return (logprob.exp() * (logprob - goal)).sum().item()
 
 
+BETAS = {"kl-rl": 12.0, "infalign-ctrl": 3000.0, "wind": 0.3, "max-at-k": 12.0,
+         "max-at-k-win": 0.3, "infalign": 0.3}
+
+
+def expected_best(p, values, k):
+    """E[the best value of k], for responses with the probabilities p."""
+    found = 0.0
+    before = torch.zeros(()).double()
+    for value in values.unique():
+        at_most = p[values <= value].sum()
+        found = found + value * (at_most ** k - before ** k)
+        before = at_most
+    return found
+
+
+def pairs(log_q, n):
+    """The probability (40, 40) that i is the best and j the worst of n responses of the reference:
+    rewards differ, so all n are between them, and both occur."""
+    _, prompt, strings = tiny_world()
+    reward = world_reward(prompt, strings)[0]
+    q = log_q.exp()
+    chance = torch.zeros(40, 40).double()
+    for i in range(40):
+        for j in range(40):
+            inside = q[(reward < reward[i]) & (reward > reward[j])].sum()
+            if i == j:
+                chance[i, i] = q[i] ** n
+            elif reward[i] > reward[j]:
+                chance[i, j] = ((inside + q[i] + q[j]) ** n - (inside + q[i]) ** n
+                                - (inside + q[j]) ** n + inside ** n)
+    return chance
+
+
+def bonbon_loss(log_p, log_q, n):
+    """BoNBoN's loss, as a sum over all pairs."""
+    chance = pairs(log_q, n)
+    assert chance.sum().item() == pytest.approx(1)
+    h = log_p - log_q
+    squares = (h[:, None] - h[None, :] - 2 * (1 + 1 / 2)) ** 2         # c for n = 3
+    assert n == 3
+    return -0.005 * (chance.sum(1) * log_p).sum() + 0.995 * (chance * squares).sum()
+
+
+def margin_of_pairs(h, log_q, n):
+    return (pairs(log_q, n) * (h[:, None] - h[None, :])).sum().item()
+
+
 @pytest.mark.parametrize("part", [2, 3])
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_an_update_follows_the_exact_gradient_and_reports_the_exact_means(method, part,
@@ -358,7 +405,7 @@ def test_an_update_follows_the_exact_gradient_and_reports_the_exact_means(method
     settings = train.TuningSettings(k=6_000, steps=10, length=3)
     generator = torch.Generator().manual_seed(1)
     monkeypatch.setattr(methods, "prompts_at_a_time", lambda *_: part)
-    gradient = methods.choose_method(method, n, 12.0).gradient
+    gradient = methods.choose_method(method, n, BETAS.get(method)).gradient
     found = gradient(policy, reference, world_reward, batch, n, settings, generator)
     found_gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
 
@@ -373,18 +420,32 @@ def test_an_update_follows_the_exact_gradient_and_reports_the_exact_means(method
     weights = log_bon.exp() / log_bon.exp().sum()       # of the winners
     reverse = (log_p.exp() * (log_p - log_bon)).sum()
     forward = -(weights * log_p).sum()
-    loss = {"bound": (log_p.exp() * (log_p - bound)).sum(),
-            "kl-rl": (log_p.exp() * (log_p - log_q - reward[0] / 12)).sum(),
+    kl = (log_p.exp() * (log_p - log_q)).sum()
+    p = log_p.exp()
+    best = {name: expected_best(p, theory.method_values(name, n, reward, refs)[0], n)
+            for name in methods.FROM_SETS}
+    beats = (reward[0][None, :] < reward[0][:, None]).double() @ p.detach() + p.detach() / 2
+    calibrated = (10 * wins).exp()
+    beta = BETAS.get(method)
+    loss = {"bound": (p * (log_p - bound)).sum(),
+            "kl-rl": kl - (p * reward[0]).sum() / 12,
+            "infalign-ctrl": kl - (p * calibrated).sum() / BETAS["infalign-ctrl"],
+            "wind": kl - (p * beats).sum() / BETAS["wind"],
             "bon-sft": forward,
-            "bond": forward + reverse}[method]
+            "bond": forward + reverse}.get(method)
+    if method in methods.FROM_SETS:
+        loss = kl - best[method] / beta
+    if method == "bonbon":
+        loss = bonbon_loss(log_p, log_q, n)
     gradient = torch.autograd.grad(loss, list(policy.parameters()))
     gradient = torch.cat([x.flatten() for x in gradient])
     assert (found_gradient - gradient).norm() < 0.1 * gradient.norm()
     exact = {"win_rate": (log_p.exp() * wins).sum().item(),
-             "kl_ref": (log_p.exp() * (log_p - log_q)).sum().item(),
-             "nll": forward.item()}
-    assert set(found) == {"bound": {"win_rate", "kl_ref"}, "kl-rl": {"win_rate", "kl_ref"},
-                          "bon-sft": {"nll"}, "bond": set(exact)}[method]
+             "kl_ref": kl.item(),
+             "nll": forward.item(),
+             "margin": margin_of_pairs(log_p - log_q, log_q, n)}
+    watched = {"bon-sft": {"nll"}, "bond": {"nll", "win_rate", "kl_ref"}, "bonbon": {"margin"}}
+    assert set(found) == watched.get(method, {"win_rate", "kl_ref"})
     for name, value in found.items():
         assert value == pytest.approx(exact[name], abs=0.03), name
 
@@ -497,13 +558,13 @@ def test_parts_of_a_batch_change_nothing(monkeypatch):
 
 def test_spread_is_the_larger_of_two_errors():
     rows = [{"x": 1.0, "x_se": 0.5}, {"x": 1.2, "x_se": 0.7}]
-    assert compare.mean_and_spread(rows, "x") == pytest.approx((1.1, 0.6))
+    assert summary.mean_and_spread(rows, "x") == pytest.approx((1.1, 0.6))
     rows = [{"x": 1.0, "x_se": 0.5}, {"x": 5.0, "x_se": 0.7}]
-    assert compare.mean_and_spread(rows, "x") == pytest.approx((3.0, math.sqrt(8)))
+    assert summary.mean_and_spread(rows, "x") == pytest.approx((3.0, math.sqrt(8)))
 
 
 def test_one_unknown_value_leaves_the_mean_unknown():
-    assert compare.mean_and_spread([{"x": 1.0}, {"x": None}], "x") is None
+    assert summary.mean_and_spread([{"x": 1.0}, {"x": None}], "x") is None
 
 
 def test_a_perfect_policy_leaves_nothing_to_training():
@@ -529,8 +590,8 @@ def test_error_of_a_distance_leaves_out_how_prompts_differ():
 def test_seeds_are_grouped_unless_their_beta_was_given():
     rows = [{"n": 2, "method": "kl-rl", "beta": beta, "seed": seed}
             for seed, beta in enumerate([1.0, 1.1])]
-    assert [len(group) for group in compare.over_seeds(rows, False).values()] == [2]
-    assert [len(group) for group in compare.over_seeds(rows, True).values()] == [1, 1]
+    assert [len(group) for group in summary.over_seeds(rows, False).values()] == [2]
+    assert [len(group) for group in summary.over_seeds(rows, True).values()] == [1, 1]
 
 # ---------------------------------------------------------------------------- whole, tiny runs
 
@@ -567,7 +628,10 @@ def test_comparison_writes_the_lines_of_train(first, compared):
     _, before = first
     _, after = compared
     assert [row["method"] for row in before] == ["ref", "bon", "vbon"]
-    assert after[:3] == before
+    for row, new in zip(before, after):
+        decoded = {"decoded_win_rate", "decoded_win_rate_se"}
+        assert new.keys() - row.keys() == decoded
+        assert {name: x for name, x in new.items() if name not in decoded} == row
 
 
 def test_train_writes_the_lines_of_a_comparison(first, tmp_path):
@@ -578,18 +642,23 @@ def test_train_writes_the_lines_of_a_comparison(first, tmp_path):
     assert done.returncode == 0
     lines = read_lines(tmp_path)
     train.main([*ARGUMENTS.split(), str(tmp_path)])
-    assert read_lines(tmp_path) == lines == first[1]
+    # what the comparison alone has measured stays
+    assert read_lines(tmp_path) == lines
+    for row in lines:
+        assert 0 <= row.pop("decoded_win_rate") <= 1
+        assert row.pop("decoded_win_rate_se") > 0
+    assert lines == first[1]
 
 
 def test_comparison_has_a_finite_line_for_each_method_and_seed(compared):
     folder, rows = compared
     found = [(row["seed"], row["method"]) for row in rows]
-    wanted = ["ref", "bon", "vbon", "soft-bon", *methods.METHODS]
+    wanted = ["ref", "bon", "vbon", "soft-bon", "pessimism", *methods.METHODS]
     assert sorted(found) == sorted((seed, method) for seed in (0, 1) for method in wanted)
     for row in rows:
         for name in set(results.ALWAYS) - {"seconds"}:
             assert math.isfinite(row[name])
-        assert (row["beta"] is None) == (row["method"] not in ("kl-rl", "soft-bon"))
+        assert (row["beta"] is None) == (row["method"] not in (*theory.WITH_BETA, "soft-bon"))
     assert (folder / "pareto.png").stat().st_size > 10_000
     assert "BoN-SFT" in (folder / "samples.txt").read_text(encoding="utf-8")
 
@@ -603,7 +672,7 @@ def test_comparison_leaves_each_model_as_a_folder(compared):
     assert left == wanted
     # each has the weights of its own stage, and says which line of the results is its own
     for row in rows:
-        if row["method"] in ("ref", "bon", "soft-bon", "vbon"):
+        if row["method"] in ("ref", "bon", "soft-bon", "pessimism", "vbon"):
             continue
         name = f"policy-{row['method']}-n2-seed{row['seed']}"
         settings = json.loads((folder / name / "settings.json").read_text(encoding="utf-8"))
@@ -671,6 +740,7 @@ def test_cost_counts_the_weights_of_all_linear_maps():
 
 @pytest.mark.parametrize("arguments, message", [
     ("--n 17 --quick --method bond", "bond wants at most 16"),
+    ("--n 5 --quick --method infalign", "infalign wants at most 4"),
     ("--n 0", "want at least 1"),
     ("--beta 1 --method vbon", "only kl-rl has a beta"),
     ("--beta 0", "want a number from"),

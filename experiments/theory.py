@@ -7,6 +7,7 @@ reward, win rate and KL are estimated from samples of the reference, with exp(sc
     t · win rate of y      has the highest win rate of all policies with its KL to the reference
     reward of y / β        has the highest reward of these; the aim of KL-regularised RL
     (N-1) · log F          the aim of the bound (3)
+    Φ(y) / β               the aims of max@k, InfAlign and WIND, where Φ depends on π: fixed points
 
 Some weights are much larger than others. The effective sample size, 1 / Σ weight², is the number of
 equally weighted samples with the same error. Below 16 no estimate is shown.
@@ -214,50 +215,270 @@ def highest_weights(plane: str, kl: float, ref_rewards: Tensor) -> Tensor | None
     return weight if _size(weight) >= MIN_SIZE else None
 
 
-def find_beta(ref_rewards: Tensor, n: int) -> float:  # (P, M)
-    """Return the β, to three digits, for which the optimum of KL-regularised RL has the KL to the
-    reference of best-of-n.
+def find_beta(ref_rewards: Tensor, n: int, method: str = "kl-rl") -> float:  # (P, M)
+    """Return the β, to three digits, for which the aim of a method has the KL to the reference of
+    best-of-n.
 
     Raises UnusableInput if there is none, or if too few effective samples are left.
     """
     kl = best_of_n(n, ref_rewards)["kl_ref"]
-    t = strength(kl, ref_rewards)
-    if kl <= 0 or t == math.inf:
-        raise UnusableInput(f"--n {n}: with this reward, no beta goes as far as best of {n}; give "
-                            f"--beta")
-    size = tilt(t * _from_the_top(ref_rewards), ref_rewards)["ess"]
+    if method in ("kl-rl", "infalign-ctrl"):
+        t = strength(kl, method_values(method, n, ref_rewards, ref_rewards))
+        beta = 1 / t if t > 0 else math.inf
+    else:
+        beta = _bisect_beta(kl, ref_rewards, n, method)
+    if kl <= 0 or not 0 < beta < math.inf:
+        raise UnusableInput(f"--n {n}: with this reward, no beta of {method} goes as far as best of "
+                            f"{n}; give --beta")
+    size = _size(aim_weights(method, n, beta, ref_rewards))
     if size < MIN_SIZE:
         raise UnusableInput(f"--n {n}: beta cannot be found, since the {ref_rewards.shape[1]} "
                             f"samples of a prompt are worth only {size:.0f} at this distance, want "
                             f"{MIN_SIZE}; give --beta")
-    return float(f"{1 / t:.3g}")
+    return float(f"{beta:.3g}")
+
+
+def _bisect_beta(kl: float, ref_rewards: Tensor, n: int, method: str) -> float:
+    """Return the β of an aim with this KL, or inf: the KL falls as β grows."""
+    spread = _spread(method_values(method, n, ref_rewards, ref_rewards))
+    low = math.log(spread) - 7
+    high = math.log(spread) + 7
+    if _kl(aim_weights(method, n, math.exp(low), ref_rewards)) < kl:
+        return math.inf
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        if _kl(aim_weights(method, n, math.exp(middle), ref_rewards)) > kl:
+            low = middle
+        else:
+            high = middle
+    return math.exp(middle)
+
+# ------------------------------------------------------------------- who wins if it is decoded by N
+
+def decoded_win_rate(reward: Tensor, ref_rewards: Tensor, n: int) -> Tensor | None:
+    """Return how often the best of n responses of a policy beats the best of n of the reference.
+
+    reward (P, K) of the policy's responses, ref_rewards (P, M) -> (P,). Unbiased: a mean over all
+    sets of n different responses on both sides; a tie counts half. None if K < n or M < n.
+    """
+    m = ref_rewards.shape[1]
+    if n > min(m, reward.shape[1]):
+        return None
+    less, equal = vbon._count_less_and_equal(reward, ref_rewards)
+    # y beats the best of n reference responses if all n of them are lower
+    wins = (vbon._share_of_sets(less, n, m) + vbon._share_of_sets(less + equal, n, m)) / 2
+    return (winner_weights(reward, n) * wins).sum(-1)
+
+
+def decoded_win_rate_of(weight: Tensor, ref_rewards: Tensor, n: int, worst: bool = False
+                        ) -> float:  # (P, M), (P, M)
+    """Return the same for a policy with known weights of the M responses, as a mean over prompts.
+
+    worst: both sides return the worst of n instead.
+    """
+    rewards = ref_rewards.cpu().double()
+    if worst:
+        return 1 - decoded_win_rate_of(weight, -rewards, n)
+    below, at_most = _cdf(weight, rewards)
+    # the probability of being the best of n: (4), in sums of products
+    j = vbon._numbers(0, n - 1, weight)
+    chance = weight * (at_most ** (n - 1 - j) * below ** j).sum(0)
+    wins = (_share_lower(rewards) ** n + _share_lower_or_equal(rewards) ** n) / 2
+    return (chance * wins).sum(-1).mean().item()
+
+
+def _share_lower(rewards: Tensor) -> Tensor:  # (P, M) -> (P, M)
+    """Return the share of the M responses with a lower reward."""
+    return vbon._count_less_and_equal(rewards, rewards)[0] / rewards.shape[1]
+
+
+def _share_lower_or_equal(rewards: Tensor) -> Tensor:  # (P, M) -> (P, M)
+    """Return the share of the M responses with a lower reward, or the same."""
+    return sum(vbon._count_less_and_equal(rewards, rewards)) / rewards.shape[1]
+
+
+def _cdf(weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the probabilities (P, M) of a lower value, and of one that is lower or equal."""
+    values = values.contiguous()
+    ordered, order = values.sort(-1)
+    cumulative = weight.gather(-1, order).cumsum(-1)
+    cumulative = torch.nn.functional.pad(cumulative, (1, 0))
+    first = torch.searchsorted(ordered, values)
+    last = torch.searchsorted(ordered, values, right=True)
+    return cumulative.gather(-1, first), cumulative.gather(-1, last)
 
 # ---------------------------------------------------------------------------- aims of the methods
+
+FIXED_POINTS = ("max-at-k", "max-at-k-win", "infalign", "wind")
+WITH_BETA = ("kl-rl", "infalign-ctrl", *FIXED_POINTS, "pessimism")
+
 
 def aim(method: str, n: int, beta: float | None, ref_rewards: Tensor) -> dict[str, float] | None:
     """Return what a policy attains that has reached the target of its method.
 
-    As `tilt`, and kl_bon, the KL of the target itself to best-of-n. None if fewer than 16 effective
-    samples are left.
+    As `tilt`; kl_bon, the KL of the target itself to best-of-n; and decoded_win_rate, what it wins
+    if it is decoded by best-of-n. None if fewer than 16 effective samples are left.
     """
-    log_bon = bon_weights(n, ref_rewards).log()
-    if method == "bound":
-        score = (n - 1) * vbon.empirical_cdf(ref_rewards, ref_rewards).log()
-        found = tilt(score, ref_rewards)
-    elif method == "kl-rl":
-        score = ref_rewards.cpu().double() / beta
-        found = tilt(score, ref_rewards)
-    elif method in ("vbon", "bon-sft", "bond"):
-        score = log_bon
-        found = best_of_n(n, ref_rewards)
-    else:
-        raise ValueError(f"the aim of {method} is unknown")
+    weight = aim_weights(method, n, beta, ref_rewards)
+    found = _attained(weight, ref_rewards)
     if found["ess"] < MIN_SIZE:
         return None
-    log_weight = score.log_softmax(-1)
-    log_ratio = log_weight - log_bon
-    return found | {"kl_bon": (log_weight.exp() * log_ratio).sum(-1).mean().item()}
+    if method in ("vbon", "bon-sft", "bond"):
+        found = best_of_n(n, ref_rewards)
+    kl_bon = torch.xlogy(weight, weight) - torch.xlogy(weight, bon_weights(n, ref_rewards))
+    return found | {"kl_bon": kl_bon.sum(-1).mean().item(),
+                    "decoded_win_rate": decoded_win_rate_of(weight, ref_rewards, n)}
 
+
+def aim_weights(method: str, n: int, beta: float | None, ref_rewards: Tensor) -> Tensor:
+    """Return the target of a method, as weights (P, M) of the M responses.
+
+    Exact if these are all responses there are, with equal probabilities.
+    """
+    rewards = ref_rewards.cpu().double()
+    if method in ("vbon", "bon-sft", "bond"):
+        return bon_weights(n, rewards)
+    if method == "bound":
+        return ((n - 1) * vbon.empirical_cdf(rewards, rewards).log()).softmax(-1)
+    if method == "bonbon":
+        return bonbon_weights(n, rewards)
+    if method not in WITH_BETA:
+        raise ValueError(f"the aim of {method} is unknown")
+    values = method_values(method, n, rewards, rewards)
+    if method == "infalign":
+        # here the M responses are all there are, so F is known
+        values = (_share_lower(rewards) ** n + _share_lower_or_equal(rewards) ** n) / 2
+    if method == "pessimism":
+        return pessimism_weights(values, beta)
+    if method == "wind":
+        return fixed_point(lambda weight: sum(_cdf(weight, values)) / 2, beta, values)
+    if method in FIXED_POINTS:
+        return fixed_point(lambda weight: expected_best(weight, values, n), beta, values)
+    return (values / beta).softmax(-1)
+
+
+def method_values(method: str, n: int, reward: Tensor, ref_rewards: Tensor) -> Tensor:
+    """Return what a method makes of a reward: its value of each response, (P, K)."""
+    if method in ("kl-rl", "max-at-k"):
+        return reward.cpu().double()
+    if method == "infalign":
+        # the probability that all of n reference responses are lower; a tie counts half
+        less, equal = vbon._count_less_and_equal(reward, ref_rewards)
+        m = ref_rewards.shape[1]
+        return (vbon._share_of_sets(less, n, m) + vbon._share_of_sets(less + equal, n, m)) / 2
+    wins = vbon.win_rate(reward, ref_rewards)
+    if method == "infalign-ctrl":
+        return (10 * wins).exp()
+    return wins
+
+
+def fixed_point(phi, beta: float, values: Tensor) -> Tensor:
+    """Return the weights (P, M) that are ∝ exp(phi(weights) / β).
+
+    The plain iteration oscillates, so each step goes only a part of the way, in logs.
+    """
+    log_weight = torch.zeros_like(values).log_softmax(-1)
+    part = 0.25
+    before = math.inf
+    for _ in range(2000):
+        wanted = (phi(log_weight.exp()) / beta).log_softmax(-1)
+        change = (wanted - log_weight).abs().max().item()
+        if change < 1e-8:
+            break
+        if change > before:
+            part = part / 2
+        before = change
+        log_weight = (log_weight + part * (wanted - log_weight)).log_softmax(-1)
+    return log_weight.exp()
+
+
+def expected_best(weight: Tensor, values: Tensor, k: int) -> Tensor:  # (P, M)
+    """Return Φ(y) = k · E[the best value of y and of k - 1 others], sampled with these weights."""
+    ordered, order = values.sort(-1)
+    at_most = weight.gather(-1, order).cumsum(-1).clamp(max=1)
+    below = torch.nn.functional.pad(at_most, (1, 0))[:, :-1]
+    chance = at_most ** (k - 1) - below ** (k - 1)      # that this one is the best of k - 1
+    mass = chance * ordered
+    above = mass.flip(-1).cumsum(-1).flip(-1) - mass    # Σ over the better ones
+    best = ordered * at_most ** (k - 1) + above
+    return k * torch.zeros_like(values).scatter(-1, order, best)
+
+
+def pessimism_weights(values: Tensor, beta: float) -> Tensor:  # (P, M)
+    """Return the target of InferenceTimePessimism: weights ∝ relu(value - λ)."""
+    weight = (values - pessimism_threshold(values, beta)).clamp(min=0)
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def pessimism_threshold(values: Tensor, beta: float) -> Tensor:  # (P, M) -> (P, 1)
+    """Return λ, for which relu((value - λ) / β) has the mean 1 over the M responses."""
+    ordered = values.cpu().double().sort(-1, descending=True).values
+    count = torch.arange(1, values.shape[1] + 1).double()
+    # λ if the `count` best responses are above it; it is the largest count for which they are
+    threshold = (ordered.cumsum(-1) - beta * values.shape[1]) / count
+    above = (ordered > threshold).sum(-1, keepdim=True)
+    return threshold.gather(-1, above - 1)
+
+# ------------------------------------------------------------------------------- the aim of BoNBoN
+
+BONBON_ALPHA = 0.005                    # the share of the likelihood of winners in its loss
+
+
+def bonbon_margin(n: int) -> float:
+    """Return c = (n-1) · Σ_{k<n} 1/k: the mean over best and worst of n responses of the difference
+    of log(π_bon / π_ref)."""
+    return (n - 1) * sum(1 / k for k in range(1, n))
+
+
+def bonbon_weights(n: int, ref_rewards: Tensor) -> Tensor:  # (P, M)
+    """Return the optimum of BoNBoN's loss, prompt by prompt, by Newton's method: it is convex."""
+    weights = []
+    for rewards in ref_rewards.cpu().double():
+        pairs = best_and_worst(n, rewards)              # (M, M)
+        winners = pairs.sum(1)
+        m = len(rewards)
+        log_weight = torch.zeros(m).double()
+        # the squared differences: Σ pairs_ij (h_i - h_j - c)²
+        both = pairs + pairs.T
+        curvature = 2 * (1 - BONBON_ALPHA) * (both.sum(1).diag() - both)
+        push = 2 * (1 - BONBON_ALPHA) * bonbon_margin(n) * (pairs.sum(1) - pairs.sum(0))
+        for _ in range(100):
+            p = log_weight.softmax(-1)
+            gradient = BONBON_ALPHA * (p - winners) + curvature @ log_weight - push
+            hessian = BONBON_ALPHA * (p.diag() - torch.outer(p, p)) + curvature
+            # the loss does not depend on the sum: fix it
+            step = torch.linalg.solve(hessian + 1 / m, gradient)
+            log_weight = log_weight - step / max(1.0, step.abs().max().item())
+            if step.abs().max() < 1e-11:
+                break
+        weights.append(log_weight.softmax(-1))
+    return torch.stack(weights)
+
+
+def best_and_worst(n: int, rewards: Tensor) -> Tensor:  # (M,) -> (M, M)
+    """Return the probability that y_i is the best and y_j the worst of n responses.
+
+    Each of the n is one of the M with equal probability. Ties are broken at random; of n responses
+    with the same reward, the best and the worst are two of them.
+    """
+    less, equal = vbon._count_less_and_equal(rewards[None], rewards[None])
+    m = len(rewards)
+    below = less[0] / m
+    size = equal[0] / m
+    at_most = below + size
+
+    def between(high: Tensor, low: Tensor) -> Tensor:
+        """Return the probability that all n are above low_j and below high_i."""
+        return (high[:, None] - low[None, :]).clamp(min=0) ** n
+
+    # all n are in the levels from j to i, but not all above j, and not all below i
+    chance = between(at_most, below) - between(at_most, at_most) - between(below, below)
+    chance = chance + between(below, at_most)
+    pairs = chance / (equal[0][:, None] * equal[0][None, :])
+    # where y_j is better than y_i, there is no such pair
+    return torch.where(rewards[:, None] >= rewards[None, :], pairs, 0.0)
+
+# ------------------------------------------------------------------------------------ three curves
 
 def curves(ref_rewards: Tensor) -> dict[str, list[dict[str, float]]]:
     """Return three curves, as lists of results of `tilt`.

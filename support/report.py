@@ -204,8 +204,10 @@ def group_means(values: list[float], groups: int = 12) -> list[float]:
 
 
 @contextlib.contextmanager
-def figure(path: Path, columns: int, size: tuple[float, float]) -> Iterator[list]:
+def figure(path: Path, columns: int, size: tuple[float, float], rows: int = 1) -> Iterator[list]:
     """Make a figure with axes side by side, and write it as PNG at the end of the `with` block.
+
+    The axes come row by row.
 
     matplotlib's settings are its own defaults here, and afterwards those of the caller again: a
     notebook may have changed them. The import is here, so that --help need not wait for it.
@@ -215,7 +217,7 @@ def figure(path: Path, columns: int, size: tuple[float, float]) -> Iterator[list
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         whole = Figure(figsize=size, layout="constrained")
-        axes = whole.subplots(1, columns)
+        axes = whole.subplots(rows, columns, squeeze=False).flatten()
         yield axes
         for one in axes:
             one.spines[["top", "right"]].set_visible(False)

@@ -19,7 +19,8 @@ from support.tokenizer import save_tokenizer
 ALWAYS = ("reward", "reward_se", "win_rate", "win_rate_se", "kl_ref", "kl_ref_se", "kl_bon",
           "kl_bon_se", "positive", "samples_per_answer", "seconds")
 KEYS = ("method", "n", "seed", "beta", *ALWAYS)
-METRICS = (*ALWAYS, "cut", "theory_win_rate", "theory_kl")
+METRICS = (*ALWAYS, "cut", "theory_win_rate", "theory_kl", "decoded_win_rate",
+           "decoded_win_rate_se")
 
 # -------------------------------------------------------------------------------- results.jsonl
 
@@ -49,7 +50,9 @@ def add_results(out: Path, rows: list[dict]) -> None:
     with lock(out):
         kept = {}
         for row in read_results(out) + rows:
-            kept[json.dumps(settings_of(row), sort_keys=True)] = row
+            name = json.dumps(settings_of(row), sort_keys=True)
+            # metrics that only the older one has, stay
+            kept[name] = kept.get(name, {}) | row
         lines = [json.dumps(row) + "\n" for row in kept.values()]
         write_whole(out / "results.jsonl", "".join(lines).encode("utf-8"))
 
