@@ -1,0 +1,494 @@
+"""Tests of the neighbours of vBoN against enumeration, direct optimisation, and closed forms.
+
+    pytest experiments/test_neighbours.py
+"""
+import itertools
+import math
+
+import pytest
+import torch
+
+import train
+import vbon
+from experiments import decoders, methods, theory
+from experiments.test_experiments import tiny_world, uniform_rewards, world_reward
+
+torch.set_num_threads(1)
+
+RANDOM = torch.randn(40, generator=torch.Generator().manual_seed(0)).double()
+WORLDS = {"distinct": RANDOM, "ties": (3 * RANDOM).round() / 3}
+
+# ------------------------------------------------------------------- aims, by direct optimisation
+
+def optimum(objective):
+    """The weights of 40 responses that maximise an objective of log-probabilities (40,)."""
+    logits = torch.zeros(40).double().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits], max_iter=3000, tolerance_grad=1e-13,
+                                  tolerance_change=1e-16, history_size=50,
+                                  line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = -objective(logits.log_softmax(0))
+        value.backward()
+        return value
+
+    for _ in range(2):
+        optimizer.step(loss)
+    return logits.detach().softmax(0)
+
+
+def kl_to_reference(log_p):
+    return (log_p.exp() * (log_p + math.log(40))).sum()
+
+
+def best_of(log_p, values, k):
+    """E[the best value of k responses], level by level."""
+    found = 0.0
+    before = torch.zeros(()).double()
+    for value in values.unique():
+        at_most = log_p.exp()[values <= value].sum()
+        found = found + value * (at_most ** k - before ** k)
+        before = at_most
+    return found
+
+
+def wins_of(rewards):
+    """The win rate of each of 40 equally probable responses, by comparing all pairs."""
+    lower = (rewards[None, :] < rewards[:, None]).double()
+    equal = (rewards[None, :] == rewards[:, None]).double()
+    return (lower + equal / 2).mean(1), lower.mean(1), (lower + equal).mean(1)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("method, beta", [
+    ("kl-rl", 0.9), ("infalign-ctrl", 4000.0), ("max-at-k", 0.7), ("max-at-k-win", 0.1),
+    ("infalign", 0.2), ("pessimism", 0.25), ("wind", 0.25)])
+def test_an_aim_is_the_direct_optimum(method, beta, world):
+    rewards = WORLDS[world]
+    n = 4
+    found = theory.aim_weights(method, n, beta, rewards[None])[0]
+    wins, lower, at_most = wins_of(rewards)
+    equilibrium = (rewards[None, :] < rewards[:, None]).double() @ found
+    equilibrium += (rewards[None, :] == rewards[:, None]).double() @ found / 2
+    gains = {
+        "kl-rl": lambda log_p: (log_p.exp() * rewards).sum(),
+        "infalign-ctrl": lambda log_p: (log_p.exp() * (10 * wins).exp()).sum(),
+        "max-at-k": lambda log_p: best_of(log_p, rewards, n),
+        "max-at-k-win": lambda log_p: best_of(log_p, wins, n),
+        "infalign": lambda log_p: best_of(log_p, (lower ** n + at_most ** n) / 2, n),
+        # an equilibrium is the best answer to itself
+        "wind": lambda log_p: (log_p.exp() * equilibrium).sum(),
+        "pessimism": lambda log_p: (log_p.exp() * wins).sum(),
+    }
+    costs = kl_to_reference
+    if method == "pessimism":
+        def costs(log_p):
+            return (40 * log_p.exp() ** 2).sum() / 2
+    direct = optimum(lambda log_p: gains[method](log_p) - beta * costs(log_p))
+    assert (found - direct).abs().max().item() < 1e-6
+
+
+def all_pairs(rewards, n):
+    """How often i is the best and j the worst of n equally probable responses: all tuples. Of those
+    that tie, the first is the best, and the last is the worst; all orders occur."""
+    chance = torch.zeros(len(rewards), len(rewards)).double()
+    values = rewards.tolist()
+    for indices in itertools.product(range(len(values)), repeat=n):
+        best = max(indices, key=lambda i: values[i])
+        worst = min(reversed(indices), key=lambda i: values[i])
+        chance[best, worst] += 1 / len(values) ** n
+    return chance
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_aim_of_bonbon_is_the_direct_optimum(n, world):
+    rewards = WORLDS[world]
+    chance = all_pairs(rewards, n)
+    assert (theory.best_and_worst(n, rewards) - chance).abs().max() < 1e-12
+    c = {2: 1.0, 3: 3.0}[n]
+
+    def objective(log_p):
+        squares = (log_p[:, None] - log_p[None, :] - c) ** 2
+        likelihood = (chance.sum(1) * log_p).sum()
+        return 0.005 * likelihood - 0.995 * (chance * squares).sum()
+
+    found = theory.aim_weights("bonbon", n, None, rewards[None])[0]
+    assert (found - optimum(objective)).abs().max().item() < 1e-6
+
+
+def test_the_margin_of_bonbon_is_the_number_of_its_code():
+    """Its β for n = 8 is 1 / (2c); and c is the mean margin of best-of-n."""
+    assert 1 / (2 * theory.bonbon_margin(8)) == pytest.approx(0.0275482094)
+    chance = theory.best_and_worst(4, uniform_rewards(1024)[0])
+    h = theory.bon_weights(4, uniform_rewards(1024))[0].log()
+    margin = (chance * (h[:, None] - h[None, :])).sum().item()
+    assert margin == pytest.approx(theory.bonbon_margin(4), abs=0.02)
+
+
+def test_bonbon_aims_past_best_of_n_at_4_and_short_of_it_at_8():
+    rewards = uniform_rewards(512)
+    for n, win, kl in ((4, 0.8335, 0.854), (8, 0.815, 0.886)):
+        found = theory.aim("bonbon", n, None, rewards)
+        assert found["win_rate"] == pytest.approx(win, abs=0.002)
+        assert found["kl_ref"] == pytest.approx(kl, abs=0.01)
+
+
+def test_wind_is_a_closed_form_for_a_continuous_reward():
+    """g(F) = βκ / (1 - κF), with κ = 1 - e^(-1/β)."""
+    rewards = uniform_rewards(2000)
+    beta = 0.4
+    kappa = 1 - math.exp(-1 / beta)
+    wanted = beta * kappa / (1 - kappa * rewards)
+    found = theory.aim_weights("wind", 4, beta, rewards) * 2000
+    assert (found - wanted).abs().max().item() < 0.01
+
+
+def test_the_equilibrium_of_log_wins_is_best_of_n():
+    """With log P(y beats π) in the place of P, it is best of N = β / (β - 1)."""
+    u = uniform_rewards(4000)
+    found = theory.fixed_point(lambda weight: theory._cdf(weight, u)[1].log(), 4 / 3, u)
+    ratio = found / theory.bon_weights(4, u)
+    assert (found * ratio.log()).sum().item() == pytest.approx(0, abs=1e-3)
+
+
+def test_pessimism_is_best_of_2_of_the_top():
+    """On F with β <= 1/2: the best of 2 of the top s = √(2β)."""
+    rewards = uniform_rewards(2000)
+    s = 0.6
+    found = theory.aim("pessimism", 4, s ** 2 / 2, rewards)
+    assert found["win_rate"] == pytest.approx(1 - s / 3, abs=1e-3)
+    assert found["kl_ref"] == pytest.approx(math.log(2 / s) - 1 / 2, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", theory.WITH_BETA)
+def test_the_beta_of_each_aim_goes_as_far_as_best_of_n(method):
+    rewards = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
+    beta = theory.find_beta(rewards, 3, method)
+    kl = theory.best_of_n(3, rewards)["kl_ref"]
+    assert theory.aim(method, 3, beta, rewards)["kl_ref"] == pytest.approx(kl, rel=0.01)
+
+# ------------------------------------------------------------------------------- decoded by best-of-n
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_decoded_win_rate_is_that_of_all_sets(n):
+    ours = torch.tensor([[1.0, 3.0, 3.0, 0.0]])
+    refs = torch.tensor([[2.0, 3.0, -1.0, 0.5, 3.0]])
+    wins = []
+    for mine in itertools.combinations(ours[0].tolist(), n):
+        for theirs in itertools.combinations(refs[0].tolist(), n):
+            wins.append((max(mine) > max(theirs)) + (max(mine) == max(theirs)) / 2)
+    found = theory.decoded_win_rate(ours, refs, n)
+    assert found.tolist() == pytest.approx([sum(wins) / len(wins)])
+
+
+def test_too_few_responses_cannot_be_decoded():
+    rewards = torch.arange(4.0)[None]
+    assert theory.decoded_win_rate(rewards, torch.arange(9.0)[None], 5) is None
+    assert theory.decoded_win_rate(torch.arange(9.0)[None], rewards, 5) is None
+
+
+@pytest.mark.parametrize("worst", [False, True])
+def test_decoded_win_rate_of_known_weights_is_that_of_all_tuples(worst):
+    rewards = torch.tensor([2.0, 1.0, 1.0, 3.0, 0.0])
+    weight = torch.tensor([0.1, 0.3, 0.2, 0.15, 0.25]).double()
+    choose = min if worst else max
+    wins = 0.0
+    for i, j in itertools.product(range(5), repeat=2):
+        mine = choose(rewards[i].item(), rewards[j].item())
+        for k, m in itertools.product(range(5), repeat=2):
+            theirs = choose(rewards[k].item(), rewards[m].item())
+            wins += (weight[i] * weight[j]).item() / 25 * ((mine > theirs) + (mine == theirs) / 2)
+    found = theory.decoded_win_rate_of(weight[None], rewards[None], 2, worst)
+    assert found == pytest.approx(wins)
+
+
+def test_what_is_best_for_one_sample_is_worst_for_best_of_n():
+    """The order of the aims, all as far from the reference as best of 4."""
+    rewards = torch.randn(8, 512, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for method in ("vbon", "kl-rl", "wind", "infalign"):
+        beta = None if method == "vbon" else theory.find_beta(rewards, 4, method)
+        found[method] = theory.aim(method, 4, beta, rewards)
+    wins = [point["win_rate"] for point in found.values()]
+    decoded = [point["decoded_win_rate"] for point in found.values()]
+    assert wins == sorted(wins, reverse=True)
+    assert decoded == sorted(decoded)
+    assert decoded[-1] > decoded[0] + 0.07
+
+# ------------------------------------------------------------------------ unbiased, over all tuples
+
+PROB = torch.tensor([0.1, 0.3, 0.2, 0.15, 0.25], dtype=torch.float64)
+VALUES = torch.tensor([2.0, 1.0, 1.0, 3.0, -1.0]).double()         # two of them tie
+
+
+@pytest.mark.parametrize("K, k", [(3, 1), (3, 2), (3, 3), (4, 2), (4, 3), (4, 4)])
+def test_weights_of_max_at_k_are_unbiased(K, k):
+    """The expected gradient over all tuples of K responses is that of E[best value of k]."""
+    logits = PROB.log().requires_grad_()
+    exact, = torch.autograd.grad(best_of(logits.log_softmax(0), VALUES, k), logits)
+    tuples = torch.tensor(list(itertools.product(range(5), repeat=K)))
+    weights = methods.max_at_k_weights(VALUES[tuples], k)
+    logprob = logits.log_softmax(0)[tuples]
+    chance = logprob.detach().sum(-1).exp()
+    found, = torch.autograd.grad((chance * (weights * logprob).sum(-1)).sum(), logits)
+    assert (found - exact).abs().max() < 1e-14
+
+
+def test_weights_of_max_at_k_by_hand():
+    """Values 1, 2, 4 with k = 2: what each adds, over its sets of two."""
+    found = methods.max_at_k_weights(torch.tensor([[4.0, 1.0, 2.0]]).double(), 2)
+    assert found[0].tolist() == pytest.approx([5 / 3, 0, 1 / 3])
+    with pytest.raises(ValueError, match="from 1 to K = 3"):
+        methods.max_at_k_weights(torch.ones(1, 3).double(), 4)
+
+
+@pytest.mark.parametrize("K", [2, 3, 4])
+def test_the_update_of_wind_is_unbiased(K):
+    """The expected gradient of its loss is that of -E[wins over the fixed policy]/β + KL."""
+    beta = 0.4
+    logits = torch.tensor([0.3, -0.2, 0.1, 0.5, 0.0]).double().requires_grad_()
+    ref = PROB.log()
+    log_p = logits.log_softmax(0)
+    p = log_p.exp()
+    beats = (VALUES[None, :] < VALUES[:, None]).double()
+    beats += (VALUES[None, :] == VALUES[:, None]).double() / 2
+    objective = (p * (log_p - ref)).sum() - (p * (beats @ p.detach())).sum() / beta
+    exact, = torch.autograd.grad(objective, logits)
+    total = torch.zeros(5).double()
+    for indices in itertools.product(range(5), repeat=K):
+        y = torch.tensor(indices)[None]
+        logprob = logits.log_softmax(0)[y]
+        rollout = vbon.Rollout(y[..., None], VALUES[y], ref[y])
+        target = methods.wind_target(rollout, None, 4, beta)
+        gradient, = torch.autograd.grad(vbon.reverse_kl_loss(logprob, target), logits)
+        total += logprob.detach().sum().exp() * gradient
+    assert (total - exact).abs().max() < 1e-12
+
+
+def test_infalign_values_are_unbiased_from_few_references():
+    """C(#less, N) / C(M, N): the mean over all sets of N different references."""
+    refs = torch.tensor([[2.0, 3.0, -1.0, 0.5, 3.0, 1.0]])
+    reward = torch.tensor([[2.5, 3.0, 0.0]])
+    found = theory.method_values("infalign", 4, reward, refs)[0].tolist()
+    for value, r in zip(found, reward[0].tolist()):
+        wins = []
+        for rivals in itertools.combinations(refs[0].tolist(), 4):
+            # a tie counts half
+            wins.append(((r > max(rivals)) + (r >= max(rivals))) / 2)
+        assert value == pytest.approx(sum(wins) / len(wins))
+
+
+def test_pairs_are_the_best_and_the_worst_of_the_same_set():
+    rewards = torch.tensor([2.0, 0.0, 2.0, 5.0, 0.0]).double()
+    batch = train.Batch(0, None, torch.arange(5).view(1, 5, 1), rewards[None])
+    best, worst = methods.sample_pairs(batch, 3, 60_000, torch.Generator().manual_seed(0))
+    found = torch.zeros(5, 5).double()
+    found.index_put_((best.flatten(), worst.flatten()), torch.tensor(1 / 60_000).double(),
+                     accumulate=True)
+    wanted = torch.zeros(5, 5).double()
+    for indices in itertools.permutations(range(5), 3):
+        first = max(indices, key=lambda i: rewards[i])
+        last = min(reversed(indices), key=lambda i: rewards[i])
+        wanted[first, last] += 1 / 60
+    assert (found - wanted).abs().max() < 0.01
+
+# ---------------------------------------------------------------------------------------- decoders
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_law_of_pessimism_is_that_of_all_tuples(n):
+    """All tuples of n + 1 responses, and all ways to accept some of them."""
+    beta = 0.8
+    chance = decoders.pessimism_chance(VALUES[None], VALUES[None], beta)[0]
+    truth = torch.zeros(5).double()
+    for indices in itertools.product(range(5), repeat=n + 1):
+        left = PROB[0] * 0 + PROB[list(indices)].prod()
+        for i in indices[:-1]:
+            truth[i] += left * chance[i]
+            left = left * (1 - chance[i])
+        truth[indices[-1]] += left
+    assert 0 < chance.min() + 1e-9 and chance.max() == 1
+    # the mean chance over the reference: here each response as often as it is probable
+    often = (PROB * 20).round().long()
+    ref_chance = chance.repeat_interleave(often)[None]
+    found = decoders.pessimism_logprob(PROB.log()[None], chance[None], ref_chance, n)
+    assert torch.allclose(found[0].exp(), truth, atol=1e-12)
+
+
+def test_pessimism_takes_the_first_that_is_accepted():
+    chance = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 1.0]]).double()
+    assert decoders.pessimism_choice(chance, torch.Generator()).tolist() == [1, 2, 0]
+    often = torch.tensor([[0.25, 0.0]]).double().repeat(20_000, 1)
+    found = decoders.pessimism_choice(often, torch.Generator().manual_seed(0))
+    assert found.double().mean().item() == pytest.approx(0.75, abs=0.015)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_lambda_leaves_a_mean_weight_of_one(world):
+    rewards = WORLDS[world]
+    for beta in (0.01, 0.3, 5.0):
+        threshold = theory.pessimism_threshold(rewards[None], beta)
+        assert ((rewards - threshold) / beta).clamp(min=0).mean().item() == pytest.approx(1)
+
+
+EOT = 3
+
+
+def test_speculative_rejection_by_hand():
+    """Reward: the number of zeros. After one token the two with a zero stay, after two the one with
+    two zeros, and it is the answer; the best full text was dropped."""
+    response = torch.tensor([[[0, 1, 1, EOT], [1, 0, 0, 0], [0, 0, 1, 1], [2, EOT, EOT, EOT]]])
+
+    def reward(prompt, y):
+        return (y == 0).sum(-1).double()
+
+    best, tokens = decoders.speculative_rejection(None, response, reward, [1, 2], EOT)
+    assert best.tolist() == [2]
+    # 4 first tokens; one more of two responses; two more of the last one
+    assert tokens.tolist() == [4 + 2 + 2]
+    best, tokens = decoders.speculative_rejection(None, response, reward, [], EOT)
+    assert best.tolist() == [1]
+    assert tokens.tolist() == [4 + 4 + 4 + 2]
+
+
+def test_speculative_rejection_is_best_of_n_if_no_winner_is_dropped():
+    """If the unfinished text already has the final reward."""
+    reference, prompt, _ = tiny_world()
+    response, _ = reference.sample(prompt.repeat(50, 1), 8, 3, torch.Generator().manual_seed(0))
+
+    def first_token(prompt, y):
+        return y[..., 0].double()
+
+    best, tokens = decoders.speculative_rejection(prompt, response, first_token, [1, 2], EOT)
+    rewards = first_token(None, response)
+    assert torch.equal(rewards.gather(1, best[:, None])[:, 0], rewards.max(1).values)
+    assert (tokens < decoders.count_tokens(response, EOT).sum(1)).any()
+
+
+def test_a_tree_with_one_layer_is_best_of_n():
+    reference, prompt, strings = tiny_world()
+    prompts = prompt.repeat(4000, 1)
+    best, tokens = decoders.tree_bon(reference, prompts, world_reward, 4, 4, [], 3,
+                                     torch.Generator().manual_seed(0))
+    rewards = world_reward(prompts[:1], best[None])[0]
+    with torch.no_grad():
+        ref_logprob = reference.logprob(prompt, strings).double()
+    own = world_reward(prompt, strings)[0]
+    lower = (own[None, :] < own[:, None]).double() @ ref_logprob[0].exp()
+    chance = vbon.bon_logprob(ref_logprob[0], lower.log(), 4).exp()
+    mean = (chance * own).sum().item()
+    spread = ((chance * own ** 2).sum().item() - mean ** 2) ** 0.5
+    assert rewards.mean().item() == pytest.approx(mean, abs=4 * spread / 4000 ** 0.5)
+    assert tokens.min() >= 4 and tokens.max() <= 12
+
+
+def test_a_tree_is_the_law_of_its_definition():
+    """Two roots, the better first token is kept and continued twice: by enumeration."""
+    reference, prompt, strings = tiny_world()
+    with torch.no_grad():
+        chance = reference.logprob(prompt, strings)[0].double().exp()
+    reward = world_reward(prompt, strings)[0]
+    first = strings[0][:, 0]
+    cut = decoders.cut_after(strings, 1, EOT)
+    of_first = world_reward(prompt, cut)[0]             # the reward of the first token alone
+    truth = torch.zeros(40).double()
+    for a, b in itertools.product(range(4), repeat=2):
+        pa = chance[first == a].sum()
+        pb = chance[first == b].sum()
+        kept = a if of_first[first == a][0] >= of_first[first == b][0] else b
+        rest = torch.where(first == kept, chance, 0.0)
+        rest = rest / rest.sum()
+        lower = (reward[None, :] < reward[:, None]).double() @ rest
+        truth += pa * pb * ((lower + rest) ** 2 - lower ** 2)
+    best, tokens = decoders.tree_bon(reference, prompt.repeat(20_000, 1), world_reward, 2, 2, [1],
+                                     3, torch.Generator().manual_seed(0))
+    same = (best[:, None, :] == strings[0][None]).all(-1).double().mean(0)
+    assert (same - truth).abs().max() < 0.015
+    # a text that has ended costs nothing more
+    assert tokens.min() == 2 and tokens.max() == 6
+
+# -------------------------------------------------------------------- statements about best-of-n
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_best_of_n_of_best_of_m_is_best_of_nm(world):
+    rewards = WORLDS[world]
+    prob = (0.5 * RANDOM.flip(0)).softmax(0)
+
+    def best(prob, n):
+        lower = (rewards[None, :] < rewards[:, None]).double() @ prob
+        equal = (rewards[None, :] == rewards[:, None]).double() @ prob
+        return vbon.bon_logprob_ties(prob.log(), lower.log(), (lower + equal).log(), n).exp()
+
+    assert (best(best(prob, 3), 4) - best(prob, 12)).abs().max() < 1e-14
+
+
+def test_small_steps_towards_best_of_2_multiply_n():
+    """An anchor that moves by η in logs towards best-of-2 of itself: N · (1 + η) each step, which is
+    BOND's iteration (arXiv 2407.14622)."""
+    u = uniform_rewards(4000)
+    log_p = torch.zeros_like(u).log_softmax(-1)
+    for _ in range(70):
+        lower, at_most = theory._cdf(log_p.exp(), u)
+        log_best = log_p + (lower + at_most).log()
+        log_p = (log_p + 0.02 * (log_best - log_p)).log_softmax(-1)
+    wins = (log_p.exp() * vbon.win_rate(u, u)).sum().item()
+    n = wins / (1 - wins)
+    assert n == pytest.approx(1.02 ** 70, abs=0.02)
+    assert n == pytest.approx(4, abs=0.05)
+
+
+def test_the_closed_form_of_the_kl_is_only_a_bound():
+    """arXiv 2401.01879: right with probability .1, wrong .9, n = 64."""
+    prob = torch.tensor([0.9, 0.1]).double()
+    cdf = torch.tensor([0.0, 0.9]).double()
+    log_bon = vbon.bon_logprob(prob.log(), cdf.log(), 64)
+    kl = (log_bon.exp() * (log_bon - prob.log())).sum().item()
+    assert kl == pytest.approx(2.291, abs=1e-3)
+    assert theory.bon_theory(64)[0] == pytest.approx(3.175, abs=1e-3)
+    # two equally probable responses: never more than log 2
+    log_bon = vbon.bon_logprob(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.0, 0.5]).log(), 64)
+    assert (log_bon.exp() * (log_bon + math.log(2))).sum().item() <= math.log(2)
+    for n in (2, 8, 64):
+        for rewards in WORLDS.values():
+            kl, wins = vbon.bon_attains(rewards[None], n)
+            assert math.isnan(kl) or kl <= theory.bon_theory(n)[0] + 1e-9
+            if n < 40:
+                assert wins <= n / (n + 1) + 1e-9
+
+
+def soft_law(prob, reward, n):
+    """π_ref · n · a · ∫ e^(-ta) M(t)^(n-1) dt, where a = e^r and M(t) = E_ref e^(-ta)."""
+    a = reward.exp()
+    # substitute t = e^s: the integrand is smooth in s, and vanishes at both ends
+    s = torch.linspace(-25, 8, 20_001).double()[:, None]
+    decay = (-s.exp() * a).exp()
+    integrand = decay * (decay @ prob)[:, None] ** (n - 1) * s.exp()
+    return prob * n * a * torch.trapezoid(integrand, s[:, 0], dim=0)
+
+
+def test_soft_best_of_n_has_its_law_and_its_limits():
+    """arXiv 2505.03156. a = e^(r/β), here β = 1."""
+    prob = PROB
+    reward = VALUES
+    truth = torch.zeros(5).double()
+    for indices in itertools.product(range(5), repeat=3):
+        y = torch.tensor(indices)
+        truth.index_add_(0, y, reward[y].softmax(0) * prob[y].prod())
+    assert (soft_law(prob, reward, 3) - truth).abs().max() < 1e-9
+    a = reward.exp() / (prob * reward.exp()).sum()
+    limit = prob * a
+    variance = (prob * (a - 1) ** 2).sum().item()
+    scaled = []
+    for n in (4, 64, 512):
+        law = soft_law(prob, reward, n)
+        kl = (limit * (limit / law).log()).sum().item()
+        gap = ((limit - law) * reward).sum().item()
+        assert 0 < kl <= math.log(1 + variance / n)
+        scaled.append((n ** 2 * kl, n * gap))
+    # the gap in reward falls as 1/n, the KL as 1/n²; both limits are moments under the limit
+    mean = (limit * a).sum()
+    of_kl = (limit * (a - mean) ** 2).sum().item() / 2
+    of_gap = (limit * (a - mean) * reward).sum().item()
+    assert scaled[-1] == pytest.approx((of_kl, of_gap), rel=0.02)
+    assert scaled[0][0] > scaled[1][0] > of_kl
