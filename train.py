@@ -41,6 +41,7 @@ from support.reference_model import initial_model, train_reference
 from support.seeding import seeded_generator
 from support.sampling import compute_rewards, sample_responses
 from support.settings import AllSettings, check_settings, choose_settings
+from support.statistics import mean_and_error
 from support.text import Text, make_text
 
 # Results are kept under the code that made them. Read the source files now, so that editing a file
@@ -410,16 +411,6 @@ def metrics(logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_rewards: T
     return row
 
 
-def mean_and_error(x: Tensor) -> tuple[float, float]:  # (P, K) -> mean, standard error
-    """Return the mean of a metric, and its standard error over prompts.
-
-    Responses to one prompt are correlated. So each prompt counts as one observation, its mean.
-    """
-    per_prompt = x.double().mean(1)
-    error = per_prompt.std() / math.sqrt(len(per_prompt))
-    return per_prompt.mean().item(), error.item()
-
-
 def reference_row(world: World, n: int) -> dict:
     """Return the row of the reference itself, from all candidates."""
     c = world.candidates
@@ -477,7 +468,7 @@ def share_cut(response: Tensor, world: World) -> float:  # (P, K, L)
 STAGES = (fit_classifier, fine_tune, vbon_gradient, evaluate, reference_row, best_of_n_row,
           policy_row, "vbon", "model", "reward", "support.own_reward", "support.processes",
           "support.reference_model", "support.reviews", "support.sampling", "support.seeding",
-          "support.text", "support.tokenizer")
+          "support.statistics", "support.text", "support.tokenizer")
 
 if __name__ == "__main__":
     options.run(main, "train.py")

@@ -26,6 +26,7 @@ from support.inputs import Inputs, read_inputs
 from support.kept import keep, rebuild_model
 from support.seeding import seeded_generator
 from support.settings import check_settings, choose_settings
+from support.statistics import mean_and_error
 
 code.read_source(__file__)
 
@@ -211,9 +212,9 @@ def measure_decoding(world: train.World, n: int, betas: Betas, seed: int, made_b
     """
     ours = {"seed": seed, "beta": None} | made_by
     rewards = world.candidates.reward
-    best = rewards.gather(1, train.choose_best(world.candidates, n, seed))
+    # the best of n responses of best-of-n is the best of n² responses
     rows = [train.reference_row(world, n) | decoded(rewards, world, n) | ours,
-            train.best_of_n_row(world, n, seed) | decoded(best, world, n) | ours]
+            train.best_of_n_row(world, n, seed) | decoded(rewards, world, n, n * n) | ours]
     for name, choose in (("kl-rl", soft_best_of_n_row), ("pessimism", pessimism_row)):
         for beta in betas.get(name, []):
             row = choose(world, n, beta, seed)
@@ -221,13 +222,14 @@ def measure_decoding(world: train.World, n: int, betas: Betas, seed: int, made_b
     return rows
 
 
-def decoded(reward: Tensor, world: train.World, n: int) -> dict[str, float | None]:
-    """Return how often the best of n of these responses (P', K) beats best-of-n: win rate and its
-    standard error. None if there are fewer than n responses."""
-    wins = theory.decoded_win_rate(reward, world.held_out.reward, n)
+def decoded(reward: Tensor, world: train.World, n: int, own_n: int | None = None
+            ) -> dict[str, float | None]:
+    """Return how often the best of own_n (default: n) of these responses (P', K) beats best-of-n of
+    the reference: win rate and its standard error. None if there are fewer responses."""
+    wins = theory.decoded_win_rate(reward, world.held_out.reward, n, own_n)
     if wins is None:
         return {"decoded_win_rate": None, "decoded_win_rate_se": None}
-    mean, error = train.mean_and_error(wins[:, None])
+    mean, error = mean_and_error(wins[:, None])
     return {"decoded_win_rate": mean, "decoded_win_rate_se": error}
 
 

@@ -1,13 +1,19 @@
-"""studies.py: three questions that need no training, and the cost of an update.
+"""studies.py: six questions that need no training, and the cost of an update.
 
-    python -m experiments.studies --n 4                     the three questions
+    python -m experiments.studies --n 4                     all of them
+    python -m experiments.studies --n 4 --study fault       one of them
     python -m experiments.studies --cost 2 64 2 768         layers, width, heads, tokens of a GPT
 
-1. How does the scale of the reward matter?   2. How far is the bound (3) from the exact form (2)?
-3. How does the number M of reference samples matter?
+    scale         How does the scale of the reward matter?
+    bound         How far is the bound (3) from the exact form (2)?
+    m             How does the number M of reference samples matter?
+    fault         What if the reward has a fault?
+    savings       Which decoders save tokens?
+    temperature   What does the sampling temperature do?
 
-Run it from the folder of train.py. It uses and fills the same cache. For question 3 it also shows
-the policies of earlier runs of train.py with other --m, from results.jsonl in --out.
+Run it from the folder of train.py. It uses and fills the same cache. Question m also shows the
+policies of earlier runs of train.py with other --m, from results.jsonl in --out; temperature shows
+those that experiments.compare has left there.
 """
 import argparse
 import copy
@@ -20,7 +26,7 @@ from torch import Tensor
 
 import train
 import vbon
-from experiments import theory
+from experiments import overoptimisation, savings, temperature, theory
 from experiments.summary import mean_and_spread, with_error
 from model import GPT, add_adapters
 from support import options, report, results
@@ -28,38 +34,48 @@ from support.errors import UnusableInput
 from support.inputs import read_inputs
 from support.settings import check_settings, choose_settings
 
+STUDIES = ("scale", "bound", "m", "fault", "savings", "temperature")
+
 # ------------------------------------------------------------------------------------- the main job
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the answers to the three questions, for one N and one seed."""
+    """Print the answers to the questions, for one N and one seed."""
     args = parse_arguments(argv)
     if args.cost is not None:
         print_cost(*args.cost)
         return
     out = Path(args.out)
+    if args.study == ["fault"]:
+        # a world of its own: nothing to prepare
+        overoptimisation.study(out / "fault.png")
+        return
     inputs = read_inputs(args, [args.n], [])
     settings = choose_settings(train.Settings(), args, args.n, inputs)
     check_settings(settings, args, args.n)
     rows = results.read_results(out)
     world = train.prepare(args, inputs, settings, args.n, args.seed)
-    held = world.held_out.reward
-    beta = args.beta
-    if beta is None:
-        beta = theory.find_beta(held, args.n)
+    for name in args.study:
+        if name == "scale":
+            study_scale(world, args.n, args.beta)
+        elif name == "bound":
+            study_bound(world, args.n)
+        elif name == "m":
+            made_by = results.describe(settings, world.text, inputs, train.STAGES)
+            study_m(out / "m.png", find_other_m(rows, args.n, made_by), args.n)
+        elif name == "fault":
+            overoptimisation.study(out / "fault.png")
+        elif name == "savings":
+            savings.study(world, args.seed, out / "savings.png")
+        else:
+            temperature.study(world, out, args.n, args.seed)
+    print(f"\nThe pictures are in {out}/")
 
-    study_scale(world, args.n, beta)
-    study_bound(world, args.n)
-    made_by = results.describe(settings, world.text, inputs, train.STAGES)
-    trained = find_other_m(rows, args.n, made_by)
-    errors = [error_of_cdf(m) for m in MS]
-    print_study_of_m(errors, trained, args.n)
-    plot_study_of_m(out / "m.png", errors, trained, args.n)
-    print(f"\n{out}/m.png shows this")
+# ------------------------------------------------------------------------- the scale of the reward
 
-# ---------------------------------------------------------------------- 1. the scale of the reward
-
-def study_scale(world: train.World, n: int, beta: float) -> None:
+def study_scale(world: train.World, n: int, beta: float | None) -> None:
     """Show that increasing transforms of the reward do not change vBoN's target, but KL-RL's."""
+    if beta is None:
+        beta = theory.find_beta(world.held_out.reward, n)
     # in floating point, an increasing function may map two numbers to one; float64 avoids this
     ref_logprob = world.candidates.logprob
     reward = world.candidates.reward.double()
@@ -71,7 +87,7 @@ def study_scale(world: train.World, n: int, beta: float) -> None:
         "r³": lambda r: r ** 3,
         "the top 3 % raised by 20": lambda r: r + 20 * (r > top),
     }
-    print(f"\n1. How does the scale of the reward matter?\n\n"
+    print(f"\nHow does the scale of the reward matter?\n\n"
           f"{'largest change of a log target':31}{'vBoN':>8}{'KL-RL':>8}"
           f"{f'optimum of KL-RL, beta={beta:g}: win':>36}{'KL':>8}")
     for name, transform in transforms.items():
@@ -99,7 +115,7 @@ def check_same_ranks(name: str, reward: Tensor, refs: Tensor, new_reward: Tensor
     if not torch.equal(old_lt, new_lt) or not torch.equal(old_le, new_le):
         raise UnusableInput(f"with this reward, {name} changes how responses rank, by rounding")
 
-# ------------------------------------------------------------------------------- 2. exact and bound
+# ---------------------------------------------------------------------------------- exact and bound
 
 EDGES = (0, -8, -12, -16, -20, -24, -math.inf)          # of log π_ref(y), in nats
 
@@ -110,7 +126,7 @@ def study_bound(world: train.World, n: int) -> None:
     ref_logprob = world.candidates.logprob.double()
     exact = vbon.bon_logprob(ref_logprob, log_cdf, n)
     gap = exact - vbon.bon_logprob_bound(ref_logprob, log_cdf, n)
-    print(f"\n2. How far is the bound from the exact form?\n\nlog π_ref(y), nats   responses   "
+    print(f"\nHow far is the bound from the exact form?\n\nlog π_ref(y), nats   responses   "
           f"exact (2) - bound (3) at N = {n}: mean, largest")
     for high, low in zip(EDGES, EDGES[1:]):
         chosen = gap[(ref_logprob <= high) & (ref_logprob > low)]
@@ -118,7 +134,7 @@ def study_bound(world: train.World, n: int) -> None:
             print(f"  {low:6} to {high:4}{len(chosen):15}{chosen.mean().item():22.2g}"
                   f"{chosen.max().item():12.2g}")
 
-# ------------------------------------------------------------------------------ 3. the number M
+# --------------------------------------------------------------------------------- the number M
 
 MS = (16, 32, 64, 128, 256, 512)
 
@@ -158,9 +174,16 @@ def find_other_m(rows: list[dict], n: int, made_by: dict) -> dict[int, list[dict
     return dict(sorted(found.items()))
 
 
+def study_m(path: Path, trained: dict[int, list[dict]], n: int) -> None:
+    """Print and plot how M matters: errors of F, and policies trained with other M."""
+    errors = [error_of_cdf(m) for m in MS]
+    print_study_of_m(errors, trained, n)
+    plot_study_of_m(path, errors, trained, n)
+
+
 def print_study_of_m(errors: list[dict], trained: dict[int, list[dict]], n: int) -> None:
     """Print the errors of F for each M, and the results of policies trained with it."""
-    print(f"\n3. How does M matter?\n\n{'M':>5}{'RMSE of':>10}{'largest error of F':>24}"
+    print(f"\nHow does M matter?\n\n{'M':>5}{'RMSE of':>10}{'largest error of F':>24}"
           f"{'bound':>8}{f'vBoN, N = {n}':>19}\n"
           f"{'':5}{'log F':>10}{'mean':>14}{'95 %':>10}{'(DKW)':>8}{'win rate':>16}"
           f"{'KL to BoN':>15}{'seeds':>7}")
@@ -267,8 +290,11 @@ def any_reward(prompt: Tensor, response: Tensor) -> Tensor:  # (P, T), (P, K, L)
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Return the arguments of the command line. Raises UnusableInput for wrong ones."""
     parser = options.make_parser(__doc__)
-    parser.add_argument("--beta", type=float, help="The beta of KL-RL in question 1. Default: the "
-                        "one whose optimum is as far from the reference as best-of-N.")
+    parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES),
+                        metavar="STUDY", help=f"Which questions: {', '.join(STUDIES)}. Default: "
+                        "all of them.")
+    parser.add_argument("--beta", type=float, help="The beta of KL-RL in the study of the scale. "
+                        "Default: the one whose optimum is as far from the reference as best-of-N.")
     parser.add_argument("--cost", type=int, nargs=4, metavar=("LAYERS", "WIDTH", "HEADS", "VOCAB"),
                         help="Instead of the questions, time an update of a GPT of this size on "
                         "the CPU, and print how much memory it takes.")

@@ -721,7 +721,17 @@ def test_studies_say_that_only_ranks_matter_to_vbon(compared, capsys):
     assert all(float(kl_rl_change) > 0 for _, kl_rl_change in changes[1:])
     # the run of train.py with M = 16 is shown
     assert any(line.split()[:1] == ["16"] and "±" in line for line in lines)
-    assert (folder / "m.png").stat().st_size > 10_000
+    # reference and three policies at five temperatures
+    assert sum(line.split()[:1] in (["reference"], ["vbon"], ["kl-rl"], ["bon-sft"])
+               and line.endswith("%") for line in lines) == 20
+    for name in ("m.png", "fault.png", "savings.png"):
+        assert (folder / name).stat().st_size > 10_000
+
+
+def test_one_study_alone_prepares_nothing(tmp_path, capsys):
+    studies.main(["--study", "fault", "--out", str(tmp_path / "new")])
+    assert "pessimism" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["fault.png"]
 
 
 @pytest.mark.parametrize("m", [16, 256])

@@ -10,7 +10,7 @@ import torch
 
 import train
 import vbon
-from experiments import decoders, methods, theory
+from experiments import decoders, methods, overoptimisation, savings, temperature, theory
 from experiments.test_experiments import tiny_world, uniform_rewards, world_reward
 
 torch.set_num_threads(1)
@@ -181,6 +181,13 @@ def test_decoded_win_rate_is_that_of_all_sets(n):
             wins.append((max(mine) > max(theirs)) + (max(mine) == max(theirs)) / 2)
     found = theory.decoded_win_rate(ours, refs, n)
     assert found.tolist() == pytest.approx([sum(wins) / len(wins)])
+
+
+def test_best_of_n_is_decoded_as_best_of_n_squared():
+    """Expected: 16/20, since it wins with 16 responses against 4."""
+    refs = uniform_rewards(512)
+    found = theory.decoded_win_rate(refs, refs, 4, 16).item()
+    assert found == pytest.approx(16 / 20, abs=0.003)
 
 
 def test_too_few_responses_cannot_be_decoded():
@@ -492,3 +499,45 @@ def test_soft_best_of_n_has_its_law_and_its_limits():
     of_gap = (limit * (a - mean) * reward).sum().item()
     assert scaled[-1] == pytest.approx((of_kl, of_gap), rel=0.02)
     assert scaled[0][0] > scaled[1][0] > of_kl
+
+# ----------------------------------------------------------------------------------------- studies
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_soft_weights_are_those_of_all_tuples(n):
+    rewards = torch.tensor([2.0, 1.0, 1.0, 3.0, 0.0]).double()
+    truth = torch.zeros(5).double()
+    for indices in itertools.product(range(5), repeat=n):
+        y = torch.tensor(indices)
+        truth.index_add_(0, y, (rewards[y] / 0.7).softmax(0) / 5 ** n)
+    assert (overoptimisation.soft_weights(rewards, n, 0.7) - truth).abs().max() < 1e-6
+
+
+def test_a_fault_of_the_reward_shows_with_a_large_n():
+    found = overoptimisation.qualities()
+    best = found["best of n"]
+    peak = max(best)
+    assert 4 <= overoptimisation.NS[best.index(peak)] <= 32
+    assert best[-1] < -2 < 1 < peak
+    cautious = found["pessimism"]
+    assert cautious == sorted(cautious) and cautious[-1] > 0.8
+    quality, reward = overoptimisation.faulty_world()
+    assert (quality != reward).double().mean().item() == pytest.approx(0.01)
+
+
+@torch.no_grad()
+def test_a_cooled_model_has_logits_divided_by_the_temperature():
+    reference, _, strings = tiny_world()
+    wanted = reference(strings[0]) / 0.5
+    assert torch.allclose(temperature.cooled(reference, 0.5)(strings[0]), wanted, atol=1e-5)
+    assert not torch.allclose(reference(strings[0]), wanted)
+
+
+def test_share_of_distinct_responses_by_hand():
+    response = torch.tensor([[[1, 2], [1, 2], [1, 3], [3, 3]], [[0, 0], [0, 0], [0, 0], [0, 0]]])
+    assert temperature.share_distinct(response) == pytest.approx((3 / 4 + 1 / 4) / 2)
+
+
+def test_the_line_of_best_of_n_is_interpolated():
+    line = [(1, 0.5, 0.0), (2, 0.6, 0.0), (4, 0.8, 0.0)]
+    assert savings.interpolate(line, 3.0) == pytest.approx(0.7)
+    assert math.isnan(savings.interpolate(line, 9.0))

@@ -255,19 +255,22 @@ def _bisect_beta(kl: float, ref_rewards: Tensor, n: int, method: str) -> float:
 
 # ------------------------------------------------------------------- who wins if it is decoded by N
 
-def decoded_win_rate(reward: Tensor, ref_rewards: Tensor, n: int) -> Tensor | None:
+def decoded_win_rate(reward: Tensor, ref_rewards: Tensor, n: int, own_n: int | None = None
+                     ) -> Tensor | None:
     """Return how often the best of n responses of a policy beats the best of n of the reference.
 
     reward (P, K) of the policy's responses, ref_rewards (P, M) -> (P,). Unbiased: a mean over all
-    sets of n different responses on both sides; a tie counts half. None if K < n or M < n.
+    sets of different responses on both sides; a tie counts half. own_n: the number of responses of
+    the policy, if it is not n. None if there are fewer responses.
     """
     m = ref_rewards.shape[1]
-    if n > min(m, reward.shape[1]):
+    own_n = own_n or n
+    if n > m or own_n > reward.shape[1]:
         return None
     less, equal = vbon._count_less_and_equal(reward, ref_rewards)
     # y beats the best of n reference responses if all n of them are lower
     wins = (vbon._share_of_sets(less, n, m) + vbon._share_of_sets(less + equal, n, m)) / 2
-    return (winner_weights(reward, n) * wins).sum(-1)
+    return (winner_weights(reward, own_n) * wins).sum(-1)
 
 
 def decoded_win_rate_of(weight: Tensor, ref_rewards: Tensor, n: int, worst: bool = False

@@ -1,0 +1,70 @@
+"""What the sampling temperature does: reward, win rate and variety of reference and policies."""
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import vbon
+from model import GPT
+from support.sampling import compute_rewards, sample_responses
+from support.statistics import mean_and_error
+from train import World
+
+TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 1.25)
+POLICIES = ("vbon", "kl-rl", "bon-sft")
+
+
+def cooled(model: GPT, temperature: float) -> GPT:
+    """Return a copy whose logits are divided by the temperature."""
+    model = copy.deepcopy(model)
+    model.untie_head()                                  # the embedding stays as it is
+    with torch.no_grad():
+        model.lm_head.weight /= temperature
+    return model
+
+
+def find_policies(out: Path, n: int, seed: int) -> dict[str, GPT]:
+    """Return the policies that earlier runs have left in `out`, by method."""
+    found = {}
+    for method in POLICIES:
+        name = f"policy-n{n}-seed{seed}" if method == "vbon" else f"policy-{method}-n{n}-seed{seed}"
+        if (out / name / "config.json").is_file():
+            found[method] = GPT.from_pretrained(out / name)
+    return found
+
+
+def study(world: World, out: Path, n: int, seed: int, k: int = 64) -> None:
+    """Print a table: a row for each model and temperature."""
+    models = {"reference": world.reference} | find_policies(out, n, seed)
+    lines = []
+    for name, model in models.items():
+        for temperature in TEMPERATURES:
+            reward, response = sample_at(temperature, world, model, k, f"{name} at {temperature:g}",
+                                         seed)
+            win, error = mean_and_error(vbon.win_rate(reward, world.held_out.reward))
+            lines.append(f"  {name:10}{temperature:12g}{reward.double().mean().item():9.2f}"
+                         f"{win:8.3f} ±{error:.3f}{share_distinct(response):10.0%}")
+    print(f"\nTemperature: {k} responses to each of {len(world.held_out.prompt)} held-out prompts\n\n"
+          f"{'':12}{'temperature':>12}{'reward':>9}{'win rate':>15}{'distinct':>10}")
+    print("\n".join(lines))
+    if len(models) == 1:
+        print("  No policies in --out; run experiments.compare first.")
+
+
+def sample_at(temperature: float, world: World, model: GPT, k: int, name: str, seed: int
+              ) -> tuple[Tensor, Tensor]:
+    """Return rewards (P, K) and responses (P, K, L) at a temperature, on the held-out prompts."""
+    device = world.reference.wte.weight.device
+    model = cooled(model.to(device), temperature)
+    sampled = sample_responses(model, world.held_out.prompt, k, world.settings.text.length, name,
+                               seed)
+    judged = compute_rewards(world.reward, world.held_out.prompt, sampled["response"], name,
+                             device.type)
+    return judged["reward"], sampled["response"]
+
+
+def share_distinct(response: Tensor) -> float:  # (P, K, L)
+    """Return the number of different responses to a prompt, as a share of K."""
+    shares = [len(y.unique(dim=0)) / len(y) for y in response]
+    return sum(shares) / len(shares)
