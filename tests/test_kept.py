@@ -422,7 +422,7 @@ def test_a_change_of_anything_else_does_not(old, new, folder):
 
 def test_names_imported_from_train_are_followed_there():
     """methods.py uses train.watch: its code is a part of each of its methods."""
-    assert "'win_rate'" in code_of_function(methods.bound_gradient)
+    assert "'win_rate'" in code_of_function(methods.target_gradient)
 
 
 def test_decorators_are_seen_through(folder):
