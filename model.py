@@ -172,7 +172,7 @@ class GPT(nn.Module):
     # ----------------------------------------------------------------- what vBoN needs of a model
 
     @torch.no_grad()
-    @parametrize.cached()             # of adapters (below), compute W + B A once, not for each token
+    @parametrize.cached()             # with adapters (below): compute W + B A once, not each time
     def sample(self, prompt: Tensor, k: int, length: int,
                generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Sample k responses to each prompt (P, T): token ids (P, k, length), and their
@@ -213,8 +213,8 @@ class GPT(nn.Module):
             logprob[rows] += token_logprob.masked_fill(ended, 0)
             ended = ended | (token == self.eot)
             tokens = token[:, None]
-            # Ended responses leave the batch, but only every few tokens: a GPU would have to wait
-            # for the count. On the built-in text this saves a tenth of the time on a CPU.
+            # Ended responses leave the batch, but only every few tokens: to count them, the CPU has
+            # to wait for a GPU. On a CPU this saves a tenth of the time with the built-in text.
             if t % 4 == 3:
                 going_on = (~ended).nonzero()[:, 0]
                 if len(going_on) == 0:
@@ -274,7 +274,7 @@ def prompts_at_a_time(model: GPT, k: int, length: int) -> int:
 
 
 def response_mask(response: Tensor, eot: int) -> Tensor:  # (..., L) -> (..., L)
-    """True up to and including the first end-of-text token. It is the only mask of this project.
+    """True up to and including the first end-of-text token: the only mask for lengths.
 
     With eot = 9: the response 5, 9, 9, 9 has the mask 1, 1, 0, 0.
     """
@@ -346,7 +346,7 @@ def add_adapters(model: nn.Module, rank: int, generator: torch.Generator) -> lis
     """Freeze the model, add an adapter to each linear layer, and return the adapters' parameters.
 
     Gradient noise perturbs every trained parameter and raises the KL, so we train only a few.
-    Raises ValueError for a model with a tied head: the adapter would be on one of two uses.
+    Raises ValueError for a model with a tied head: an adapter would change the head alone.
     """
     if getattr(model, "config", {}).get("tied"):
         raise ValueError("the head shares its weights with the embedding: call untie_head first")
@@ -365,7 +365,7 @@ def merge_adapters(model: nn.Module) -> None:
     for module in list(model.modules()):
         if parametrize.is_parametrized(module, "weight"):
             weight = module.weight.detach().clone()
-            # remove_parametrizations would change the class, which copies of the model share
+            # by hand: remove_parametrizations would change a class that copies of the model share
             module.__class__ = parametrize.type_before_parametrizations(module)
             del module.parametrizations
             module.weight = nn.Parameter(weight)

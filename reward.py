@@ -15,8 +15,8 @@ from model import response_mask
 class Classifier(nn.Module):
     """Logistic regression on the tokens of a text.
 
-    The logit is the sum of the tokens' weights, plus a bias. The sum is divided by the square root
-    of the number of tokens: otherwise it would grow with the length of the text.
+    The logit is (sum of the tokens' weights) / √(number of tokens) + bias. Without the root, long
+    texts would have by far the largest logits.
     """
 
     def __init__(self, vocab_size: int):
@@ -48,7 +48,7 @@ def train_classifier(tokens: Tensor, labels: Tensor, vocab_size: int, epochs: in
                      generator: torch.Generator) -> Classifier:
     """Fit a classifier to texts (R, T), padded with end-of-text, and labels (R,), 0 or 1.
 
-    All randomness comes from the generator, that of initial weights too, if there is any.
+    All randomness comes from the generator.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())

@@ -1,13 +1,13 @@
 """train.py: from text to a policy whose one sample does the work of best-of-N.
 
-    python train.py --n 4                              the main job: about a minute on two cores
+    python train.py --n 4                              the main job: one to two minutes
     python train.py --n 4 --sample "i watched this"    responses to your own prompt
     python train.py --n 4 --data DIR --init gpt2       your own reviews, OpenAI's weights
 
 The stages: text, reference model, reward, reference samples (all in `prepare`), fine-tuning and
-evaluation (in `main`). Each is kept in a file: a run that was stopped continues when the same
-command is given again. `vbon_gradient` is the algorithm of the paper, and `fine_tune`, below it,
-the training loop.
+evaluation (in `main`). What takes long is kept in files: a run that was stopped continues when the
+same command is given again. `vbon_gradient` is the algorithm of the paper, and `fine_tune`, below
+it, the training loop.
 """
 import argparse
 import copy
@@ -51,7 +51,7 @@ code.read_sources("vbon", "reward", "support.reviews", "support.text")
 
 # ------------------------------------------------------------------------------------- the settings
 #
-# The defaults belong to the built-in text; support/settings.py has those for other texts and models.
+# The defaults belong to the built-in text; support/settings.py has those for other texts.
 # A setting of several stages, such as the length, always has the same value in all of them.
 
 @dataclass(frozen=True)
@@ -183,12 +183,12 @@ class Samples(NamedTuple):
     seconds: float
 
     def depends_on(self) -> tuple:
-        """Return what a policy is kept under."""
+        """Return the values that `keep` compares: others give another policy."""
         return self.prompt, self.response, self.reward
 
 
 class World(NamedTuple):
-    """What fine-tuning and evaluation start from, the same for every N."""
+    """What fine-tuning and evaluation start from."""
     settings: Settings              # with the length of this text
     text: Text
     reference: GPT
@@ -196,7 +196,7 @@ class World(NamedTuple):
     samples: Samples                # for the training prompts
     held_out: Samples               # for the held-out prompts: estimate F in the evaluation
     candidates: Samples             # for the held-out prompts: best-of-N chooses among these
-    prompt: Tensor | None           # (3, T) of --sample
+    prompt: Tensor | None           # (3, T): the prompt of --sample, three times
 
 
 class Run(NamedTuple):
@@ -287,11 +287,11 @@ class Batch(NamedTuple):
 class Method(NamedTuple):
     """One way to fine-tune a policy; experiments/methods.py has others."""
     label: str                      # in progress lines
-    names: tuple                    # a part of the seed of each update
+    names: tuple                    # with these, each update gets random numbers of its own
     gradient: Callable              # takes the arguments of `vbon_gradient`
 
     def depends_on(self) -> tuple:
-        """Return what a policy is kept under."""
+        """Return the values that `keep` compares: others give another policy."""
         return self.names, self.gradient
 
 
@@ -315,16 +315,17 @@ def vbon_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
     log_target = vbon.bon_target(rollout.ref_logprob, rollout.reward, batch.ref_rewards, n)
     # (d), (e): compute log π_θ with gradients, and follow (6)
     logprob = vbon.reinforce(policy, batch.prompt, rollout.response, log_target, part)
-    return watch(batch, rollout, logprob) | {"kl_target": (logprob - log_target).mean().item()}
+    kl_target = (logprob - log_target).mean().item()
+    return watch(batch, rollout, logprob) | {"kl_target": kl_target}
 
 
 def fine_tune(checkpoint: Path, method: Method, n: int, reference: GPT, reward_fn, samples: Samples,
               settings: TuningSettings, seed: int) -> dict:
-    """Fine-tune a copy of the reference towards the method's target; a stage for `keep`."""
+    """Fine-tune a copy of the reference towards the method's target; called by `keep`."""
     policy = copy.deepcopy(reference)
     trained = add_adapters(policy, settings.rank, seeded_generator("cpu", "adapters", seed))
     # Adam moves each parameter by about lr in an update, however small its gradient is. Near the
-    # target this is noise, whose KL grows with lr² times the number of trained parameters.
+    # target these moves are noise. Its KL grows with lr² · (number of trained parameters).
     lr = settings.lr_scale / math.sqrt(sum(p.numel() for p in trained))
     optimizer = torch.optim.Adam(trained, lr=lr, betas=(0.9, 0.99), fused=True)
     first, history, before = resume(checkpoint, trained, optimizer)
@@ -366,7 +367,8 @@ def decay(step: int, steps: int) -> float:
 
 def evaluate(policy: GPT, reference: GPT, reward_fn, prompts: Tensor, settings: EvaluationSettings,
              name: str, seed: int) -> dict:
-    """Sample from the policy on held-out prompts (P, T), and score the responses; for `keep`."""
+    """Sample from the policy on held-out prompts (P, T), and score the responses; called by
+    `keep`."""
     began = time.monotonic()
     name = f"evaluation of {name}"
     sampled = sample_responses(policy, prompts, settings.k_eval, settings.length, name, seed)
@@ -424,8 +426,9 @@ def best_of_n_row(world: World, n: int, seed: int) -> dict:
     c = world.candidates
     best = choose_best(c, n, seed)
     # Its log-probability is known by the formula. So its KL to best-of-n is 0 by definition.
-    log_bon = vbon.bon_target(c.logprob.gather(1, best), c.reward.gather(1, best),
-                              world.held_out.reward, n)
+    ref_logprob = c.logprob.gather(1, best)
+    reward = c.reward.gather(1, best)
+    log_bon = vbon.bon_target(ref_logprob, reward, world.held_out.reward, n)
     return decoded_row("bon", world, n, best, log_bon)
 
 
@@ -435,6 +438,7 @@ def choose_best(candidates: Samples, n: int, seed: int) -> Tensor:
     G = M // n
     groups = candidates.reward[:, :G * n].reshape(P * G, n)
     best = vbon.best_of_n(groups, seeded_generator("cpu", "best", n, seed))
+    # from the index in a group to that among all M
     return best.view(P, G) + n * torch.arange(G)
 
 

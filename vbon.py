@@ -29,7 +29,11 @@ towards it, by minimising KL(π_θ || π_bon). After that, one sample does the w
 E_θ is the mean over responses sampled from the policy; b is a number, the baseline. (4) and F_le in
 (7) are not in the paper, which assumes that rewards do not tie.
 
-Tensors (P, K) are float64, on the CPU. A model needs two methods, and a reward is a function:
+An update: (a) sample y from the policy, (b) compute its reward and log π_ref(y), (c) compute the
+target log π_bon(y), (d) compute log π_θ(y) with gradients, (e) add an estimate of -∇J to .grad.
+
+The functions here compute in float64, on the CPU. A model needs two methods, and a reward is a
+function; they may be on any device:
     model.sample(prompt, k, length, generator) -> response (P, K, L), logprob (P, K)
     model.logprob(prompt, response)            -> logprob (P, K), with gradients
     reward_fn(prompt, response)                -> reward (P, K)
@@ -79,7 +83,8 @@ def bon_logprob(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:  # (...
     """Return log π_bon(y) by equation (2): the paper's exact form, for rewards that do not tie.
 
     π_ref(y) = 0.1 and F = 0.75 with n = 2 give 0.85² - 0.75² = 0.16. log_cdf may be -inf (F = 0).
-    Training uses `bon_target`, which is this form where no reference response ties with y.
+    Training uses `bon_target`, which is this form where no reference response ties with y, and
+    F + π_ref(y) is at most 1.
     Raises ValueError for unequal shapes, for nan, and for an n that is no integer >= 1.
     """
     # The naive line, ((F + p)**n - F**n).log(), is -inf at p = e^-40, where F + p rounds to F.
@@ -95,7 +100,7 @@ def bon_logprob(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:  # (...
 def bon_logprob_bound(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:
     """Return the lower bound (3) of log π_bon(y). Same shapes and errors as `bon_logprob`.
 
-    On text the two agree up to rounding: a sentence is so improbable that the terms i >= 2 vanish.
+    On text the two nearly agree: a sentence is so improbable that the terms i >= 2 nearly vanish.
     """
     ref_logprob, log_cdf = _check_logs(n, ref_logprob, log_cdf)
     return math.log(n) + _log_power(log_cdf, torch.tensor(n - 1)) + ref_logprob
@@ -116,9 +121,10 @@ def bon_target(ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int)
     """Return log π_bon(y) (P, K) by (4) with the estimate (7), for training and evaluation.
 
     ref_logprob (P, K), reward (P, K), ref_rewards (P, M). Reward 2 against 1, 2, 2, 3 has
-    F_lt = 2/5 and F_le = 4/5. Where nothing ties, this is equation (2) with `empirical_cdf`.
-    With (7), the KL of a perfect policy to π_bon reads about 0. With the unbiased alternative,
-    #less/(M+1) and (#less + #equal + 1)/(M+1), it would read about (N-1)/(2M).
+    F_lt = 2/5 and F_le = 4/5. Where nothing ties, this is equation (2) with `empirical_cdf`,
+    unless F_lt + π_ref(y) exceeds 1. With (7), the KL of a perfect policy to π_bon reads about 0.
+    With the alternative #less/(M+1) and (#less + #equal + 1)/(M+1), with which π_bon/π_ref has the
+    mean 1, it would read about (N-1)/(2M).
     """
     _check_shapes(ref_logprob, reward)
     ref_logprob = _float64(ref_logprob)
@@ -128,7 +134,7 @@ def bon_target(ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int)
     _, equal = _count_less_and_equal(reward, ref_rewards)
     m = ref_rewards.shape[1]
     tied = torch.where(equal > 0, equal / (m + 1), ref_logprob.exp())
-    # both are probabilities; for a response above all M, the sum may exceed 1
+    # F_le is at most 1. Where the sum exceeds it, y keeps its share, and F_lt makes room.
     cdf_le = (cdf_lt + tied).clamp(max=1)
     cdf_lt = torch.minimum(cdf_lt, cdf_le - tied).clamp(min=0)
     return bon_logprob_ties(ref_logprob, cdf_lt.log(), cdf_le.log(), n)
@@ -192,7 +198,7 @@ def leave_one_out(score: Tensor) -> Tensor:  # (P, K) -> (P, K)
 
 
 def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (P, K) -> ()
-    """Return a surrogate loss: its *gradient* is minus (6), if y was sampled from π_θ.
+    """Return a surrogate loss: its *gradient* estimates minus (6), if y was sampled from π_θ.
 
     Minus, since an optimizer minimises. It is a mean over prompts and responses. Its value means
     nothing; watch the KL to π_bon instead. A constant in log_target, such as the log of an unknown
@@ -201,8 +207,8 @@ def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (
     """
     _check_shapes(logprob, log_target)
     logprob = _float64(logprob)
-    # In (6) the score is a number, so detach it: otherwise autograd would differentiate both factors
-    # of advantage · logprob. (When π_θ = π_bon, all scores are equal, and the gradient noise is 0.)
+    # In (6) the score is a number, so detach it: otherwise autograd would differentiate both
+    # factors of advantage · logprob. (When π_θ = π_bon, all scores are equal, and the gradient noise is 0.)
     score = (_float64(log_target) - logprob).detach()
     if not score.isfinite().all():
         raise ValueError("want finite log-probabilities, got nan or inf")
@@ -212,7 +218,7 @@ def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (
 # --------------------------------------------------------------------------------- 4. the algorithm
 
 def grow(n: int, step: int, steps: int) -> int:
-    """Return the N to aim for at this step. It grows from 2 to n over the first 40 % of the steps.
+    """Return the N to aim for at this step: it grows to n over the first 40 % of the steps.
 
     At first the policy is the reference, with many poor responses. A large N would give them a very
     negative (N-1) · log F, and a few of them would dominate the gradient. With n = 4 and 90 steps
@@ -231,7 +237,7 @@ class Rollout(NamedTuple):
 
 @torch.no_grad()
 def roll_out(policy, reference, reward_fn, prompt: Tensor, k: int, length: int,
-             generator: torch.Generator, part: int | None = None) -> Rollout:
+             generator: torch.Generator | None, part: int | None = None) -> Rollout:
     """Do steps (a) and (b) of an update, with k responses to each prompt (P, T).
 
     All prompts are sampled together. log π_ref is computed for `part` prompts at a time (default:
@@ -250,7 +256,7 @@ def roll_out(policy, reference, reward_fn, prompt: Tensor, k: int, length: int,
 
 def reinforce(policy, prompt: Tensor, response: Tensor, log_target: Tensor,
               part: int | None = None) -> Tensor:  # (P, T), (P, K, L), (P, K) -> (P, K)
-    """Do steps (d) and (e): add the gradient of the loss, *minus* (6), to the parameters' .grad.
+    """Do steps (d) and (e): add an estimate of *minus* (6), the gradient of the loss, to .grad.
 
     log π_θ is computed for `part` prompts at a time (default: all); their gradients add up.
     Returns log π_θ(y), without gradients. This estimator of (6) is called REINFORCE.
@@ -335,7 +341,7 @@ class ToyModel:
 
 
 def toy(n: int = 4) -> None:
-    """Show the paper on six responses with known probabilities, where all numbers can be checked."""
+    """Show the paper on six responses with known probabilities: all numbers can be checked."""
     prob = torch.tensor([0.20, 0.30, 0.20, 0.05, 0.10, 0.15], dtype=torch.float64)
     reward = torch.tensor([-4.0, -1.0, 0.5, 1.0, 2.0, 3.0], dtype=torch.float64)
     # equation (1): the probability of all responses with a lower reward

@@ -22,7 +22,7 @@ from model import GPT
 from support import code, options, report, results
 from support.errors import UnusableInput
 from support.files import write_whole
-from support.inputs import Inputs, read_inputs
+from support.inputs import read_inputs
 from support.kept import keep, rebuild_model
 from support.seeding import seeded_generator
 from support.settings import check_settings, choose_settings
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         # text, reference model, reward and reference samples do not depend on N
         print(f"seed {seed}", flush=True)
         n = max(args.n)
-        count = sum(len(names) for names in chosen.values())
+        count = sum(name in TRAINED for names in chosen.values() for name in names)
         world = train.prepare(args, inputs, settings[n], n, seed, count)
         length = world.settings.text.length
         settings = {n: settings[n].change(length=length) for n in args.n}
@@ -66,20 +66,20 @@ def main(argv: list[str] | None = None) -> None:
                 print(sample_text(world, policies, world.prompt, n, settings[n], seed))
                 continue
             made_by = results.describe(settings[n], world.text, inputs, train.STAGES)
-            decoded = measure_decoding(world, n, betas[n], seed, made_by)
+            untrained = measure_decoding(world, n, betas[n], seed, made_by)
             trained, rewards = measure_policies(out, world, policies, n, settings[n], seed, made_by)
-            results.add_results(out, decoded + trained)
+            results.add_results(out, untrained + trained)
             for policy, row in zip(policies, trained):
                 folder = policy_folder(args, out, policy.method, n, policy.beta, seed)
                 results.export_model(folder, policy.model, world.text.encoding, row)
-            rows += decoded
+            rows += untrained
             for row, reward in zip(trained, rewards):
                 rows.append(row | distances(row, reward, world.held_out.reward))
             prompts = world.held_out.prompt[:8]
             samples += sample_text(world, policies, prompts, n, settings[n], seed) + "\n"
         if world.prompt is None:
             results.export_model(out / f"reference-seed{seed}", world.reference,
-                                 world.text.encoding, decoded[0])
+                                 world.text.encoding, untrained[0])
     if args.sample is not None:
         return
 
@@ -139,6 +139,10 @@ def misfit(method: str, n: int, settings: train.Settings) -> str | None:
         return f"{method} wants at most {settings.samples.m}, the number of cached responses"
     if method in methods.FROM_SETS and n > settings.tuning.k:
         return f"{method} wants at most {settings.tuning.k}, the number of responses in an update"
+    if method == "infalign" and n > settings.samples.m:
+        return f"{method} wants at most {settings.samples.m}, the number of reference rewards"
+    if method == "pessimism" and n >= settings.samples.m_eval:
+        return f"{method} wants less than {settings.samples.m_eval}, the number of candidates"
     return None
 
 
@@ -299,6 +303,8 @@ def pessimism_row(world: train.World, n: int, beta: float, seed: int) -> dict:
     own = decoders.pessimism_logprob(candidates.logprob.gather(1, chosen),
                                      chance.gather(1, chosen), ref_chance, n)
     row = train.decoded_row("pessimism", world, n, chosen, own)
+    # on average; the first that is accepted ends it
+    row["samples_per_answer"] = round((chosen % size + 1).double().mean().item(), 1)
     return row | decoded(candidates.reward.gather(1, chosen), world, n)
 
 
@@ -368,13 +374,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     names = (*TRAINED, *DECODERS)
     parser.add_argument("--method", nargs="+", choices=names, metavar="METHOD",
                         help=f"What to compare: {', '.join(names)}. The last one is a decoder. "
-                        "Default: all that can be trained for this N.")
+                        "Default: all that fit this N.")
     parser.add_argument("--beta", type=float, nargs="+", help="The beta of kl-rl, one or several. "
                         "A smaller one goes further away from the reference. Default: for each N "
                         "the beta whose optimum is as far away as best-of-N.")
     args = parser.parse_args(argv)
     args.n = list(dict.fromkeys(args.n))                # each once
     args.seed = list(dict.fromkeys(args.seed))
+    if args.method is not None:
+        args.method = list(dict.fromkeys(args.method))
     if args.beta is not None:
         args.beta = list(dict.fromkeys(args.beta))
     return args
@@ -390,7 +398,9 @@ def check_arguments(args: argparse.Namespace, n: int, settings: train.Settings) 
     if args.beta is None:
         return
     if args.method is not None and "kl-rl" not in args.method:
-        raise UnusableInput("--beta: only kl-rl has a beta; add it to --method")
+        raise UnusableInput("--beta: it belongs to kl-rl; add this to --method")
+    if min(args.n) <= 8 < max(args.n):
+        raise UnusableInput("--beta: N above 8 takes more updates; give them a call of their own")
     for beta in args.beta:
         if not 1e-6 <= beta <= 1e6:
             raise UnusableInput(f"--beta {beta:g}: want a number from 1e-6 to 1e6")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from experiments import theory
+from experiments.methods import take
 from model import GPT
 from support import code
 
@@ -105,7 +106,7 @@ def speculative_rejection(prompt: Tensor, response: Tensor, reward_fn, cuts: lis
         # what those that are alive add between the last cut and this one
         tokens = length.gather(1, alive).clamp(max=cut) - start
         sampled += tokens.clamp(min=0).sum(1)
-        seen = cut_after(_take(response, alive), cut, eot)
+        seen = cut_after(take(response, alive), cut, eot)
         reward = reward_fn(prompt, seen).cpu().double()
         keep = max(1, alive.shape[1] // 2) if cut < L else 1
         alive = alive.gather(1, reward.topk(keep).indices)
@@ -137,17 +138,12 @@ def tree_bon(model: GPT, prompt: Tensor, reward_fn, roots: int, children: int, c
         # one that has ended stays as it is
         ended = (beginning == eot).any(-1, keepdim=True)
         more = more.masked_fill(ended, eot)
-        cost = count_tokens(more, eot).double().masked_fill(ended[..., 0], 0.0)
+        cost = count_tokens(more, eot).masked_fill(ended[..., 0], 0)
         sampled += cost.sum((1, 2)).cpu()
-        grown = torch.cat([beginning, more], -1).flatten(1, 2)             # (P, width·branches, end)
+        grown = torch.cat([beginning, more], -1).flatten(1, 2)     # (P, width·branches, end)
         padded = torch.nn.functional.pad(grown, (0, length - end), value=eot)
         reward = reward_fn(prompt, padded).cpu().double()
         keep = max(1, grown.shape[1] // children) if end < length else 1
-        kept = _take(padded, reward.topk(keep).indices.to(prompt.device))
+        kept = take(padded, reward.topk(keep).indices)
         branches = children
     return kept[:, 0], sampled
-
-
-def _take(response: Tensor, chosen: Tensor) -> Tensor:
-    """Return the responses (P, k, L) with these numbers (P, k) among (P, M, L)."""
-    return response[torch.arange(len(chosen))[:, None], chosen]

@@ -97,15 +97,15 @@ def value_target(rollout: vbon.Rollout, ref_rewards: Tensor, n: int, beta: float
 def wind_target(rollout: vbon.Rollout, ref_rewards: Tensor, n: int, beta: float) -> Tensor:
     """WIND (arXiv 2410.20727): the value of y is how often it beats the policy's other responses.
 
-    The leave-one-out baseline of y contains the comparisons with y once more, with the other sign:
-    they count K/(K-1) times. So the number of wins is divided by K, not by K - 1.
+    Each comparison also enters the baseline of the other response, with the opposite sign, so it
+    counts K/(K-1) times. To divide by K instead of K - 1 corrects this.
     """
     k = rollout.reward.shape[1]
     # a response ties with itself, which counts half
     wins = vbon.win_rate(rollout.reward, rollout.reward) * k - 0.5
     return rollout.ref_logprob + wins / (k * beta)
 
-# ------------------------------------------------------------------ the best of several own responses
+# ---------------------------------------------------------------- the best of several own responses
 
 def max_at_k_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
                       settings: TuningSettings, generator: torch.Generator, name: str, beta: float
@@ -135,8 +135,8 @@ def max_at_k_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: i
 def max_at_k_weights(values: Tensor, k: int) -> Tensor:  # (P, K) -> (P, K)
     """Return w, with which Σ w_i ∇log π_θ(y_i) is an unbiased gradient of E[best value of k].
 
-    w_i is the mean over all sets of k responses of what y_i adds to the best value of its set, times
-    k/K: equation of PKPO with the leave-one-out baseline. Values 1, 2, 4 with k = 2 give
+    w_i is what y_i adds to the best value of a set of k responses, summed over all sets that it is
+    in, divided by C(K, k): PKPO with the leave-one-out baseline. Values 1, 2, 4 with k = 2 give
     0, (2-1)/3, (4-1 + 4-2)/3. Raises ValueError unless 1 <= k <= K.
     """
     K = values.shape[1]
@@ -146,7 +146,7 @@ def max_at_k_weights(values: Tensor, k: int) -> Tensor:  # (P, K) -> (P, K)
         # nothing to compare with: keep the leave-one-out baseline of (6)
         return (values - vbon.leave_one_out(values)) / K
     ordered, order = values.sort(-1)
-    # of the sets that y_i is in, C(j, k-2) have the j-th response (from 0) as the best of the others
+    # y_i is in C(j, k-2) sets in which the j-th response (from 0) is the best of the others
     j = torch.arange(K)
     sets = vbon._share_of_sets(j.double(), k - 2, K) * _ratio_of_sets(k, K)
     count = sets.cumsum(0) - sets
@@ -158,7 +158,7 @@ def _ratio_of_sets(k: int, K: int) -> float:
     """Return C(K, k-2) / C(K, k)."""
     return k * (k - 1) / ((K - k + 2) * (K - k + 1))
 
-# ----------------------------------------------------------------------- from cached responses alone
+# ---------------------------------------------------------------------- from cached responses alone
 
 def bon_sft_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
                      settings: TuningSettings, generator: torch.Generator) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """What happens if the reward has a fault: a small world where all is known, nothing is sampled.
 
-1,000 equally probable responses have a quality; their reward is the quality, except for 1 % that are
-bad and have a high reward. The larger n, the surer best-of-n returns one of these. That is also what
-vBoN aims at, since it aims at best-of-n.
+1,000 equally probable responses have a quality. Their reward is the quality, except for 1 % that
+are bad and have a high reward. The larger n, the surer best-of-n returns one of these. vBoN aims at
+them too, since it aims at best-of-n.
 """
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ def faulty_world(size: int = 1000) -> tuple[Tensor, Tensor]:  # -> (size,), (siz
     quality = torch.special.ndtri((torch.arange(size).double() + 0.5) / size)
     reward = quality.clone()
     bad = torch.arange(50, size, 100)
-    # their rewards are above those of 97.7 % of the others, and most of them above all
+    # their rewards are above those of 97.7 % of the others, half of them above all
     reward[bad] = torch.linspace(2.0, 4.5, len(bad)).double()
     quality[bad] = -3.0
     return quality, reward
@@ -32,8 +32,8 @@ def faulty_world(size: int = 1000) -> tuple[Tensor, Tensor]:  # -> (size,), (siz
 def soft_weights(reward: Tensor, n: int, beta: float) -> Tensor:  # (M,) -> (M,)
     """Return the distribution of soft best-of-n on M equally probable responses.
 
-    n a ∫ e^(-ta) M(t)^(n-1) dt / M, where a = e^(r/β) and M(t) is the mean of e^(-ta). The integral
-    is over log t, in which the integrand is smooth.
+    n a ∫ e^(-ta) φ(t)^(n-1) dt / M, where a = e^(r/β) and φ(t) is the mean of e^(-ta) over the M.
+    The integral is over log t, in which the integrand is smooth.
     """
     log_a = reward / beta
     low = -log_a.max().item() - math.log(n) - 25

@@ -27,9 +27,8 @@ def study(world: World, seed: int, path: Path) -> None:
             wins = vbon.win_rate(world.candidates.reward, refs)
             weight = theory.winner_weights(world.candidates.reward, n)
             line.append((n, *mean_and_error((weight * wins).sum(-1, keepdim=True))))
-    L = response.shape[2]
-    thirds = [L // 3, 2 * L // 3]
-    quarters = [L // 4, L // 2, 3 * L // 4]
+    thirds = parts(response.shape[2], 3)
+    quarters = parts(response.shape[2], 4)
     points = {
         f"Speculative Rejection, {SIZE} cut after {_join(thirds)} tokens":
             reject(world, SIZE, thirds),
@@ -85,6 +84,12 @@ def grow_trees(world: World, cuts: list[int], seed: int, trees: int = 16
     reward = world.reward(prompt, best[:, None]).cpu()
     win, error = mean_and_error(vbon.win_rate(reward.view(-1, trees), world.held_out.reward))
     return tokens.mean().item(), win, error
+
+
+def parts(length: int, count: int) -> list[int]:
+    """Return the lengths at which to cut: equal parts; fewer if there are too few tokens."""
+    cuts = {i * length // count for i in range(1, count)}
+    return sorted(cuts - {0, length})
 
 
 def interpolate(line: list[tuple], cost: float) -> float:

@@ -6,7 +6,6 @@ vBoN on references of three sizes, each with the learning rate 0.54 / √(traine
 the stages and flags of train.py; each size has its own folder in --out. Half an hour for each seed.
 """
 import argparse
-import copy
 import math
 from pathlib import Path
 
@@ -17,23 +16,34 @@ from experiments import compare
 from experiments.summary import mean_and_spread, with_error
 from model import GPT
 from support import options, results
-from support.inputs import read_inputs
-from support.settings import choose_settings
+from support.errors import UnusableInput
+from support.inputs import Inputs, read_inputs
+from support.settings import check_settings, choose_settings
 
 SIZES = ((2, 64, 2), (4, 128, 4), (4, 256, 4))          # layers, width, heads
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print a row for each size: means over the seeds."""
-    parser = options.make_parser(__doc__, several=True)
-    args = parser.parse_args(argv)
+    args = options.make_parser(__doc__, several=True).parse_args(argv)
+    if len(args.n) > 1 or args.init is not None or args.sample is not None:
+        raise UnusableInput("sizes: want one --n, and neither --init nor --sample")
     n = args.n[0]
+    inputs = read_inputs(args, [n], [])
+    settings = choose_settings(train.Settings(), args, n, inputs)
+    check_settings(settings, args, n)
+    out = Path(args.out)
     lines = []
     for layers, width, heads in SIZES:
+        args.out = str(out / f"{layers}x{width}")
+        size = settings.change(layers=layers, width=width, heads=heads)
         rows = []
         for seed in args.seed:
-            row, trained, lr = run(args, n, seed, layers, width, heads)
-            rows.append(row)
+            print(f"{layers} layers of width {width}, seed {seed}", flush=True)
+            world = train.prepare(args, inputs, size, n, seed)
+            rows.append(fine_tune_and_measure(args, inputs, world, n, seed))
+        trained = count_trained(world.reference, size.tuning.rank)
+        lr = size.tuning.lr_scale / math.sqrt(trained)
         cells = ""
         for name in ("win_rate", "kl_ref", "kl_bon"):
             cells += with_error(mean_and_spread(rows, name)).rjust(15)
@@ -43,22 +53,15 @@ def main(argv: list[str] | None = None) -> None:
     print("\n".join(lines))
 
 
-def run(args: argparse.Namespace, n: int, seed: int, layers: int, width: int, heads: int
-        ) -> tuple[dict, int, float]:
-    """Train and evaluate one size: its line, the number of trained parameters, the learning rate."""
-    args = copy.copy(args)
-    args.out = str(Path(args.out) / f"{layers}x{width}")
-    inputs = read_inputs(args, [n], [])
-    settings = choose_settings(train.Settings(), args, n, inputs)
-    settings = settings.change(layers=layers, width=width, heads=heads)
-    print(f"{layers} layers of width {width}, seed {seed}", flush=True)
-    world = train.prepare(args, inputs, settings, n, seed)
+def fine_tune_and_measure(args: argparse.Namespace, inputs: Inputs, world: train.World, n: int,
+                          seed: int) -> dict:
+    """Fine-tune and evaluate as compare.py does; return the line of the policy."""
+    out = Path(args.out)
     settings = world.settings
-    policy = compare.get_policy(Path(args.out), "vbon", None, world, n, settings, seed)
+    policy = compare.get_policy(out, "vbon", None, world, n, settings, seed)
     made_by = results.describe(settings, world.text, inputs, train.STAGES)
-    rows, _ = compare.measure_policies(Path(args.out), world, [policy], n, settings, seed, made_by)
-    trained = count_trained(world.reference, settings.tuning.rank)
-    return rows[0], trained, settings.tuning.lr_scale / math.sqrt(trained)
+    rows, _ = compare.measure_policies(out, world, [policy], n, settings, seed, made_by)
+    return rows[0]
 
 
 def count_trained(model: GPT, rank: int) -> int:

@@ -1,9 +1,10 @@
-"""studies.py: six questions that need no training, and the cost of an update.
+"""studies.py: questions that need no fine-tuning, and the cost of an update.
 
     python -m experiments.studies --n 4                     all of them
     python -m experiments.studies --n 4 --study fault       one of them
     python -m experiments.studies --cost 2 64 2 768         layers, width, heads, tokens of a GPT
 
+    aims          What do the methods aim at, all as far from the reference as best-of-N?
     scale         How does the scale of the reward matter?
     bound         How far is the bound (3) from the exact form (2)?
     m             How does the number M of reference samples matter?
@@ -27,25 +28,26 @@ from torch import Tensor
 import train
 import vbon
 from experiments import overoptimisation, savings, temperature, theory
-from experiments.summary import mean_and_spread, with_error
+from experiments.summary import mean_and_spread, title, with_error
 from model import GPT, add_adapters
 from support import options, report, results
 from support.errors import UnusableInput
 from support.inputs import read_inputs
 from support.settings import check_settings, choose_settings
 
-STUDIES = ("scale", "bound", "m", "fault", "savings", "temperature")
+STUDIES = ("aims", "scale", "bound", "m", "fault", "savings", "temperature")
 
 # ------------------------------------------------------------------------------------- the main job
 
 def main(argv: list[str] | None = None) -> None:
     """Print the answers to the questions, for one N and one seed."""
     args = parse_arguments(argv)
+    chosen = args.study or STUDIES
     if args.cost is not None:
         print_cost(*args.cost)
         return
     out = Path(args.out)
-    if args.study == ["fault"]:
+    if chosen == ["fault"]:
         # a world of its own: nothing to prepare
         overoptimisation.study(out / "fault.png")
         return
@@ -54,21 +56,57 @@ def main(argv: list[str] | None = None) -> None:
     check_settings(settings, args, args.n)
     rows = results.read_results(out)
     world = train.prepare(args, inputs, settings, args.n, args.seed)
-    for name in args.study:
-        if name == "scale":
-            study_scale(world, args.n, args.beta)
-        elif name == "bound":
-            study_bound(world, args.n)
-        elif name == "m":
-            made_by = results.describe(settings, world.text, inputs, train.STAGES)
-            study_m(out / "m.png", find_other_m(rows, args.n, made_by), args.n)
-        elif name == "fault":
-            overoptimisation.study(out / "fault.png")
-        elif name == "savings":
-            savings.study(world, args.seed, out / "savings.png")
-        else:
-            temperature.study(world, out, args.n, args.seed)
+    # the length of this text is known only now
+    made_by = results.describe(world.settings, world.text, inputs, train.STAGES)
+    for name in chosen:
+        try:
+            study(name, args, world, rows, made_by)
+        except UnusableInput as problem:
+            # a question that nobody asked must not stop the others
+            if args.study is not None:
+                raise
+            print(f"\n{name} is left out: {problem}")
     print(f"\nThe pictures are in {out}/")
+
+
+def study(name: str, args: argparse.Namespace, world: train.World, rows: list[dict], made_by: dict
+          ) -> None:
+    """Print the answer to one question; plot it, if there is a picture of it."""
+    out = Path(args.out)
+    if name == "aims":
+        study_aims(world, args.n)
+    elif name == "scale":
+        study_scale(world, args.n, args.beta)
+    elif name == "bound":
+        study_bound(world, args.n)
+    elif name == "m":
+        study_m(out / "m.png", find_other_m(rows, args.n, made_by), args.n)
+    elif name == "fault":
+        overoptimisation.study(out / "fault.png")
+    elif name == "savings":
+        savings.study(world, args.seed, out / "savings.png")
+    else:
+        temperature.study(world, out, args.n, args.seed, made_by)
+
+# ---------------------------------------------------------------------------- aims of all methods
+
+def study_aims(world: train.World, n: int) -> None:
+    """Print what the aim of each method attains, alone and decoded by best-of-n and worst-of-n."""
+    refs = world.held_out.reward
+    lines = []
+    for method in ("vbon", "bonbon", *theory.WITH_BETA):
+        beta = None
+        if method in theory.WITH_BETA:
+            beta = theory.find_beta(refs, n, method)
+        found = theory.aim(method, n, beta, refs)
+        if found is None:
+            continue
+        worst = theory.decoded_win_rate_of(theory.aim_weights(method, n, beta, refs), refs, n, True)
+        lines.append(f"  {title(method, n):20}{found['win_rate']:9.3f}{found['kl_ref']:11.3f}"
+                     f"{found['kl_bon']:11.3f}{found['decoded_win_rate']:11.3f}{worst:11.3f}")
+    print(f"\nWhat do the methods aim at?\n\n{'':22}{'win rate':>9}{'KL to ref':>11}"
+          f"{'KL to BoN':>11}{f'best of {n}':>11}{f'worst of {n}':>11}")
+    print("\n".join(lines))
 
 # ------------------------------------------------------------------------- the scale of the reward
 
@@ -176,7 +214,7 @@ def find_other_m(rows: list[dict], n: int, made_by: dict) -> dict[int, list[dict
 
 def study_m(path: Path, trained: dict[int, list[dict]], n: int) -> None:
     """Print and plot how M matters: errors of F, and policies trained with other M."""
-    errors = [error_of_cdf(m) for m in MS]
+    errors = [error_of_cdf(m) for m in sorted({*MS, *trained})]
     print_study_of_m(errors, trained, n)
     plot_study_of_m(path, errors, trained, n)
 
@@ -207,12 +245,13 @@ def plot_study_of_m(path: Path, errors: list[dict], trained: dict[int, list[dict
 def plot_panels(panels: list, errors: list[dict], trained: dict[int, list[dict]], n: int) -> None:
     """Plot the three panels."""
     left, middle, right = panels
-    left.loglog(MS, [error["dkw"] for error in errors], "k:", label="bound of the 95 % (DKW)")
-    left.loglog(MS, [error["sup_95"] for error in errors], "o-", label="95 % quantile")
-    left.loglog(MS, [error["sup_mean"] for error in errors], "s-", label="mean")
+    ms = [error["m"] for error in errors]
+    left.loglog(ms, [error["dkw"] for error in errors], "k:", label="bound of the 95 % (DKW)")
+    left.loglog(ms, [error["sup_95"] for error in errors], "o-", label="95 % quantile")
+    left.loglog(ms, [error["sup_mean"] for error in errors], "s-", label="mean")
     left.set(title="largest error of F, over all rewards")
     left.legend(frameon=False, fontsize=8)
-    middle.loglog(MS, [error["rmse_log"] for error in errors], "o-")
+    middle.loglog(ms, [error["rmse_log"] for error in errors], "o-")
     middle.set(title="root mean square error of log F")
     for axes, ticks in ((left, (0.04, 0.1, 0.2, 0.4)), (middle, (0.1, 0.2, 0.4))):
         axes.set_yticks(ticks, ticks)
@@ -290,8 +329,8 @@ def any_reward(prompt: Tensor, response: Tensor) -> Tensor:  # (P, T), (P, K, L)
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Return the arguments of the command line. Raises UnusableInput for wrong ones."""
     parser = options.make_parser(__doc__)
-    parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES),
-                        metavar="STUDY", help=f"Which questions: {', '.join(STUDIES)}. Default: "
+    parser.add_argument("--study", nargs="+", choices=STUDIES, metavar="STUDY",
+                        help=f"Which questions: {', '.join(STUDIES)}. Default: "
                         "all of them.")
     parser.add_argument("--beta", type=float, help="The beta of KL-RL in the study of the scale. "
                         "Default: the one whose optimum is as far from the reference as best-of-N.")

@@ -23,11 +23,12 @@ Groups = dict[tuple, list[dict]]
 def over_seeds(rows: list[dict], beta_given: bool) -> Groups:
     """Group rows that differ only in their seed: (n, method, β) -> rows.
 
-    If β was not given, each seed has found its own, and β is not part of the key.
+    A β that was not given is found for each seed, and is not part of the key.
     """
     groups = {}
     for row in rows:
-        beta = row["beta"] if beta_given else None
+        given = beta_given and row["method"] in ("kl-rl", "soft-bon")
+        beta = row["beta"] if given else None
         groups.setdefault((row["n"], row["method"], beta), []).append(row)
     return groups
 
@@ -58,6 +59,7 @@ def print_table(groups: Groups, ns: list[int], pool: Tensor) -> None:
     """Print means over the seeds; under each N, what best-of-N attains in theory."""
     print(f"\n{'':20}{'reward':>13}{'win rate':>14}{'KL to ref':>14}{'KL to BoN':>14}"
           f"{'best of N of it':>16}{'positive':>9}{'samples':>8}  beta")
+    seeds = max(len(rows) for rows in groups.values())
     for n in ns:
         for (at, method, _), rows in groups.items():
             if at != n:
@@ -71,6 +73,8 @@ def print_table(groups: Groups, ns: list[int], pool: Tensor) -> None:
             beta = ""
             if rows[0]["beta"] is not None:
                 beta = f"{mean_and_spread(rows, 'beta')[0]:.3g}"
+            if len(rows) < seeds:                       # no β could be found for the others
+                beta += f"  ({len(rows)} of {seeds} seeds)"
             print(f"{title(method, n):19}{cells}{positive:9.2f}{rows[0]['samples_per_answer']:8}"
                   f"  {beta}".rstrip())
         # with the held-out rewards of all seeds
@@ -79,8 +83,8 @@ def print_table(groups: Groups, ns: list[int], pool: Tensor) -> None:
         kl = "" if math.isnan(kl) else f"{kl:.3f}"
         print(f"{f'theory, N = {n}':19}{number(reward):>7}{win:14.3f}{kl:>14}{0:14.3f}")
     print("\nKLs in nats per response. ±: the larger of standard deviation over seeds and "
-          "standard error.\nBest of N of it: how often the best of N responses of this row beats the "
-          "best of N of the\nreference.")
+          "standard error.\nBest of N of it: how often the best of N responses of this row beats "
+          "the best of N of the\nreference.")
 
 
 def with_error(found: tuple[float, float] | None) -> str:
@@ -100,16 +104,18 @@ def number(x: float) -> str:
 
 def print_comparison(groups: Groups, ns: list[int]) -> None:
     """Print each method's aim, how far below the highest at its KL it ends, and a ranking."""
+    trained = {key: rows for key, rows in groups.items() if key[1] in TRAINED}
+    if not trained:
+        return
     print(f"\n{'':26}{'aim: win':>9}{'KL to':>7}{'KL to':>7}{'best':>7}"
           f"{'win rate below highest':>25}{'reward below highest':>25}\n"
           f"{'':26}{'rate':>9}{'ref':>7}{'BoN':>7}{'of N':>7}{'by aim':>11}{'by training':>14}"
           f"{'by aim':>11}{'by training':>14}")
-    trained = {key: rows for key, rows in groups.items() if key[1] in TRAINED}
     for (n, method, beta), rows in trained.items():
         cells = ""
         columns = (("aim_win_rate", 9), ("aim_kl_ref", 7), ("aim_kl_bon", 7),
-                   ("aim_decoded_win_rate", 7), ("aim_below_win_rate", 11), ("left_win_rate", 14), ("aim_below_reward", 11),
-                   ("left_reward", 14))
+                   ("aim_decoded_win_rate", 7), ("aim_below_win_rate", 11), ("left_win_rate", 14),
+                   ("aim_below_reward", 11), ("left_reward", 14))
         for name, width in columns:
             found = mean_and_spread(rows, name)
             cell = "" if found is None else f"{found[0]:.3f}"
@@ -133,7 +139,7 @@ def print_comparison(groups: Groups, ns: list[int]) -> None:
 
 
 def print_verdict(n: int, rivals: Groups) -> None:
-    """Print who is nearest to best-of-N, and who has most reward and wins at its own KL."""
+    """Print rankings: nearest to best-of-N; least below the highest reward and win rate at its KL."""
     print(f"\nN = {n}, from best to worst; * means: within the errors of the best")
     for name, heading in (("kl_bon", "KL to best-of-N"),
                           ("below_reward", "reward below the highest at its KL"),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 import vbon
 from model import GPT
+from support.errors import read_json
 from support.sampling import compute_rewards, sample_responses
 from support.statistics import mean_and_error
 from train import World
@@ -24,19 +25,24 @@ def cooled(model: GPT, temperature: float) -> GPT:
     return model
 
 
-def find_policies(out: Path, n: int, seed: int) -> dict[str, GPT]:
-    """Return the policies that earlier runs have left in `out`, by method."""
+def find_policies(out: Path, n: int, seed: int, made_by: dict) -> dict[str, GPT]:
+    """Return the policies that earlier runs with the same settings have left in `out`."""
     found = {}
     for method in POLICIES:
         name = f"policy-n{n}-seed{seed}" if method == "vbon" else f"policy-{method}-n{n}-seed{seed}"
-        if (out / name / "config.json").is_file():
+        if not (out / name / "settings.json").is_file():
+            continue
+        settings = read_json(out / name / "settings.json")
+        if all(settings.get(key) == value for key, value in made_by.items()):
             found[method] = GPT.from_pretrained(out / name)
+        else:
+            print(f"  {out / name} was made with other settings: it is left out")
     return found
 
 
-def study(world: World, out: Path, n: int, seed: int, k: int = 64) -> None:
+def study(world: World, out: Path, n: int, seed: int, made_by: dict, k: int = 64) -> None:
     """Print a table: a row for each model and temperature."""
-    models = {"reference": world.reference} | find_policies(out, n, seed)
+    models = {"reference": world.reference} | find_policies(out, n, seed, made_by)
     lines = []
     for name, model in models.items():
         for temperature in TEMPERATURES:
@@ -45,7 +51,8 @@ def study(world: World, out: Path, n: int, seed: int, k: int = 64) -> None:
             win, error = mean_and_error(vbon.win_rate(reward, world.held_out.reward))
             lines.append(f"  {name:10}{temperature:12g}{reward.double().mean().item():9.2f}"
                          f"{win:8.3f} ±{error:.3f}{share_distinct(response):10.0%}")
-    print(f"\nTemperature: {k} responses to each of {len(world.held_out.prompt)} held-out prompts\n\n"
+    prompts = len(world.held_out.prompt)
+    print(f"\nTemperature: {k} responses to each of {prompts} held-out prompts\n\n"
           f"{'':12}{'temperature':>12}{'reward':>9}{'win rate':>15}{'distinct':>10}")
     print("\n".join(lines))
     if len(models) == 1:

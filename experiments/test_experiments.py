@@ -15,7 +15,7 @@ import torch
 
 import train
 import vbon
-from experiments import compare, decoders, methods, studies, summary, theory
+from experiments import compare, decoders, methods, sizes, studies, summary, theory
 from model import GPT
 from support import kept, results
 from support.errors import UnusableInput
@@ -592,6 +592,9 @@ def test_seeds_are_grouped_unless_their_beta_was_given():
             for seed, beta in enumerate([1.0, 1.1])]
     assert [len(group) for group in summary.over_seeds(rows, False).values()] == [2]
     assert [len(group) for group in summary.over_seeds(rows, True).values()] == [1, 1]
+    # --beta is that of kl-rl: of other methods, each seed still finds its own
+    wind = [row | {"method": "wind"} for row in rows]
+    assert [len(group) for group in summary.over_seeds(wind, True).values()] == [2]
 
 # ---------------------------------------------------------------------------- whole, tiny runs
 
@@ -721,11 +724,47 @@ def test_studies_say_that_only_ranks_matter_to_vbon(compared, capsys):
     assert all(float(kl_rl_change) > 0 for _, kl_rl_change in changes[1:])
     # the run of train.py with M = 16 is shown
     assert any(line.split()[:1] == ["16"] and "±" in line for line in lines)
+    # what the methods aim at
+    assert any(line.startswith("  WIND  ") and len(line.split()) == 6 for line in lines)
     # reference and three policies at five temperatures
     assert sum(line.split()[:1] in (["reference"], ["vbon"], ["kl-rl"], ["bon-sft"])
                and line.endswith("%") for line in lines) == 20
     for name in ("m.png", "fault.png", "savings.png"):
         assert (folder / name).stat().st_size > 10_000
+
+
+def test_policies_of_other_settings_are_left_out(compared, capsys):
+    folder, _ = compared
+    studies.main([*ARGUMENTS.split(), str(folder), "--study", "temperature", "--m", "8"])
+    printed = capsys.readouterr().out
+    assert printed.count("was made with other settings: it is left out") == 3
+    assert "No policies in --out" in printed
+
+
+def test_a_study_that_is_impossible_stops_no_other(compared, capsys):
+    """With N = 1 there is no KL to go to."""
+    folder, _ = compared
+    studies.main(["--quick", "--n", "1", "--out", str(folder)])
+    printed = capsys.readouterr().out
+    assert "aims is left out" in printed and "scale is left out" in printed
+    assert "TreeBoN" in printed
+    with pytest.raises(UnusableInput, match="leave out kl-rl|give --beta"):
+        studies.main(["--quick", "--n", "1", "--out", str(folder), "--study", "scale"])
+
+
+def test_sizes_print_a_row_for_each_size(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sizes, "SIZES", ((1, 16, 2), (2, 32, 2)))
+    sizes.main(["--quick", "--n", "2", "--seed", "0", "1", "--out", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert [line[:6] for line in lines] == ["1 x 16", "2 x 32"]
+    for line, width, layers in zip(lines, (16, 32), (1, 2)):
+        # in each block, linear layers to 3, 1, 4 and from 4 times the width; and the head
+        trained = 4 * (layers * (4 + 2 + 5 + 5) * width + width + 400)
+        cells = line[10:].split()
+        assert cells[0].replace(",", "") == str(trained)
+        assert float(cells[1]) == pytest.approx(0.54 / trained ** 0.5, rel=1e-2)
+    with pytest.raises(UnusableInput, match="want one --n"):
+        sizes.main(["--n", "2", "4"])
 
 
 def test_one_study_alone_prepares_nothing(tmp_path, capsys):
@@ -752,7 +791,9 @@ def test_cost_counts_the_weights_of_all_linear_maps():
     ("--n 17 --quick --method bond", "bond wants at most 16"),
     ("--n 5 --quick --method infalign", "infalign wants at most 4"),
     ("--n 0", "want at least 1"),
-    ("--beta 1 --method vbon", "only kl-rl has a beta"),
+    ("--beta 1 --method vbon", "it belongs to kl-rl"),
+    ("--beta 1 --n 4 16 --method kl-rl", "a call of their own"),
+    ("--n 4 --m 2 --quick --method infalign", "infalign wants at most 2"),
     ("--beta 0", "want a number from"),
     ("--method ppo", "invalid choice"),
 ])

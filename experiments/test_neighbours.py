@@ -537,6 +537,13 @@ def test_share_of_distinct_responses_by_hand():
     assert temperature.share_distinct(response) == pytest.approx((3 / 4 + 1 / 4) / 2)
 
 
+def test_responses_are_cut_into_equal_parts():
+    assert savings.parts(24, 3) == [8, 16]
+    assert savings.parts(24, 4) == [6, 12, 18]
+    assert savings.parts(2, 3) == [1]
+    assert savings.parts(1, 4) == []
+
+
 def test_the_line_of_best_of_n_is_interpolated():
     line = [(1, 0.5, 0.0), (2, 0.6, 0.0), (4, 0.8, 0.0)]
     assert savings.interpolate(line, 3.0) == pytest.approx(0.7)

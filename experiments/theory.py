@@ -109,7 +109,7 @@ def best_of_n(n: int, ref_rewards: Tensor) -> dict[str, float]:
 
 
 def bon_weights(n: int, ref_rewards: Tensor) -> Tensor:  # (P, M) -> (P, M)
-    """Return how often best-of-n returns each of the M responses, if there were no others."""
+    """Return π_bon, if the M responses, equally probable, were all there are."""
     less, equal = vbon._count_less_and_equal(ref_rewards, ref_rewards)
     m = ref_rewards.shape[1]
     return (((less + equal) / m) ** n - (less / m) ** n) / equal
@@ -177,11 +177,11 @@ def _kl_of_tilt(t: float, values: Tensor) -> float:
     return kl.mean().item()
 
 
-LARGEST = 2.0 ** 60                     # · spread: only the best responses have a probability
+LARGEST = 2.0 ** 60                     # of t · spread: beyond, only the best responses are left
 
 
 def _spread(values: Tensor) -> float:
-    """Return the largest distance of a value from the best one of its prompt; 1 if there is none."""
+    """Return the largest distance of a value from the best one of its prompt; 1 if all are equal."""
     return _from_the_top(values).abs().max().item() or 1.0
 
 
@@ -222,19 +222,20 @@ def find_beta(ref_rewards: Tensor, n: int, method: str = "kl-rl") -> float:  # (
     Raises UnusableInput if there is none, or if too few effective samples are left.
     """
     kl = best_of_n(n, ref_rewards)["kl_ref"]
+    instead = "give --beta" if method == "kl-rl" else f"leave out {method}"
     if method in ("kl-rl", "infalign-ctrl"):
         t = strength(kl, method_values(method, n, ref_rewards, ref_rewards))
         beta = 1 / t if t > 0 else math.inf
     else:
         beta = _bisect_beta(kl, ref_rewards, n, method)
     if kl <= 0 or not 0 < beta < math.inf:
-        raise UnusableInput(f"--n {n}: with this reward, no beta of {method} goes as far as best of "
-                            f"{n}; give --beta")
+        raise UnusableInput(f"--n {n}: with this reward, no beta of {method} goes as far as "
+                            f"best of {n}; {instead}")
     size = _size(aim_weights(method, n, beta, ref_rewards))
     if size < MIN_SIZE:
         raise UnusableInput(f"--n {n}: beta cannot be found, since the {ref_rewards.shape[1]} "
                             f"samples of a prompt are worth only {size:.0f} at this distance, want "
-                            f"{MIN_SIZE}; give --beta")
+                            f"{MIN_SIZE}; {instead}")
     return float(f"{beta:.3g}")
 
 
@@ -263,14 +264,21 @@ def decoded_win_rate(reward: Tensor, ref_rewards: Tensor, n: int, own_n: int | N
     sets of different responses on both sides; a tie counts half. own_n: the number of responses of
     the policy, if it is not n. None if there are fewer responses.
     """
-    m = ref_rewards.shape[1]
     own_n = own_n or n
-    if n > m or own_n > reward.shape[1]:
+    if n > ref_rewards.shape[1] or own_n > reward.shape[1]:
         return None
+    return (winner_weights(reward, own_n) * wins_over_best(reward, ref_rewards, n)).sum(-1)
+
+
+def wins_over_best(reward: Tensor, ref_rewards: Tensor, n: int) -> Tensor:
+    """Return how often y beats the best of n different reference responses: (P, K), (P, M) -> (P, K).
+
+    An unbiased estimate of F^n: the share of sets of n whose rewards are all lower; a tie counts
+    half.
+    """
     less, equal = vbon._count_less_and_equal(reward, ref_rewards)
-    # y beats the best of n reference responses if all n of them are lower
-    wins = (vbon._share_of_sets(less, n, m) + vbon._share_of_sets(less + equal, n, m)) / 2
-    return (winner_weights(reward, own_n) * wins).sum(-1)
+    m = ref_rewards.shape[1]
+    return (vbon._share_of_sets(less, n, m) + vbon._share_of_sets(less + equal, n, m)) / 2
 
 
 def decoded_win_rate_of(weight: Tensor, ref_rewards: Tensor, n: int, worst: bool = False
@@ -286,18 +294,14 @@ def decoded_win_rate_of(weight: Tensor, ref_rewards: Tensor, n: int, worst: bool
     # the probability of being the best of n: (4), in sums of products
     j = vbon._numbers(0, n - 1, weight)
     chance = weight * (at_most ** (n - 1 - j) * below ** j).sum(0)
-    wins = (_share_lower(rewards) ** n + _share_lower_or_equal(rewards) ** n) / 2
-    return (chance * wins).sum(-1).mean().item()
+    return (chance * _power_of_cdf(rewards, n)).sum(-1).mean().item()
 
 
-def _share_lower(rewards: Tensor) -> Tensor:  # (P, M) -> (P, M)
-    """Return the share of the M responses with a lower reward."""
-    return vbon._count_less_and_equal(rewards, rewards)[0] / rewards.shape[1]
-
-
-def _share_lower_or_equal(rewards: Tensor) -> Tensor:  # (P, M) -> (P, M)
-    """Return the share of the M responses with a lower reward, or the same."""
-    return sum(vbon._count_less_and_equal(rewards, rewards)) / rewards.shape[1]
+def _power_of_cdf(rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P, M)
+    """Return F^n, ties averaged, if the M responses are all there are."""
+    less, equal = vbon._count_less_and_equal(rewards, rewards)
+    m = rewards.shape[1]
+    return ((less / m) ** n + ((less + equal) / m) ** n) / 2
 
 
 def _cdf(weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -350,7 +354,7 @@ def aim_weights(method: str, n: int, beta: float | None, ref_rewards: Tensor) ->
     values = method_values(method, n, rewards, rewards)
     if method == "infalign":
         # here the M responses are all there are, so F is known
-        values = (_share_lower(rewards) ** n + _share_lower_or_equal(rewards) ** n) / 2
+        values = _power_of_cdf(rewards, n)
     if method == "pessimism":
         return pessimism_weights(values, beta)
     if method == "wind":
@@ -365,10 +369,7 @@ def method_values(method: str, n: int, reward: Tensor, ref_rewards: Tensor) -> T
     if method in ("kl-rl", "max-at-k"):
         return reward.cpu().double()
     if method == "infalign":
-        # the probability that all of n reference responses are lower; a tie counts half
-        less, equal = vbon._count_less_and_equal(reward, ref_rewards)
-        m = ref_rewards.shape[1]
-        return (vbon._share_of_sets(less, n, m) + vbon._share_of_sets(less + equal, n, m)) / 2
+        return wins_over_best(reward, ref_rewards, n)
     wins = vbon.win_rate(reward, ref_rewards)
     if method == "infalign-ctrl":
         return (10 * wins).exp()
