@@ -207,7 +207,7 @@ def time_rloo(folder: Path, repeats: int) -> list[float]:
     """Return the seconds of TRL's RLOOTrainer for a step: the same model, prompts and sizes, but
     all weights are trained."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
     from trl import RLOOConfig, RLOOTrainer
     texts = [text for text, _ in builtin_reviews(SETTINGS.text.reviews, 0)]
     encoding = train_tokenizer(texts[:2000], SETTINGS.text.vocab)
@@ -235,6 +235,7 @@ def time_rloo(folder: Path, repeats: int) -> list[float]:
         reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
         args=config, train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=AutoTokenizer.from_pretrained(folder), callbacks=[Clock()])
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     # from the start of a step to the next start; the first step includes preparations
     return [after - before for before, after in zip(began[1:], began[2:])]
