@@ -50,10 +50,12 @@ def study(world: World, out: Path, n: int, seed: int, made_by: dict, k: int = 64
                                          seed)
             win, error = mean_and_error(vbon.win_rate(reward, world.held_out.reward))
             lines.append(f"  {name:10}{temperature:12g}{reward.double().mean().item():9.2f}"
-                         f"{win:8.3f} ±{error:.3f}{share_distinct(response):10.0%}")
+                         f"{win:8.3f} ±{error:.3f}{share_distinct(response):11.1%}"
+                         f"{count_pairs(response, world.reference.eot):7.0f}")
     prompts = len(world.held_out.prompt)
     print(f"\nTemperature: {k} responses to each of {prompts} held-out prompts\n\n"
-          f"{'':12}{'temperature':>12}{'reward':>9}{'win rate':>15}{'distinct':>10}")
+          f"{'':12}{'temperature':>12}{'reward':>9}{'win rate':>15}{'distinct':>11}"
+          f"{'pairs':>7}")
     print("\n".join(lines))
     if len(models) == 1:
         print("  No policies in --out; run experiments.compare first.")
@@ -75,3 +77,13 @@ def share_distinct(response: Tensor) -> float:  # (P, K, L)
     """Return the number of different responses to a prompt, as a share of K."""
     shares = [len(y.unique(dim=0)) / len(y) for y in response]
     return sum(shares) / len(shares)
+
+
+def count_pairs(response: Tensor, eot: int) -> float:  # (P, K, L)
+    """Return the number of different pairs of neighbouring tokens in the K responses to a prompt."""
+    counts = []
+    for y in response:
+        pairs = y.unfold(1, 2, 1).reshape(-1, 2)
+        pairs = pairs[pairs[:, 0] != eot]               # a pair may end with end-of-text
+        counts.append(len(pairs.unique(dim=0)))
+    return sum(counts) / len(counts)

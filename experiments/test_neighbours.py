@@ -535,6 +535,8 @@ def test_a_cooled_model_has_logits_divided_by_the_temperature():
 def test_share_of_distinct_responses_by_hand():
     response = torch.tensor([[[1, 2], [1, 2], [1, 3], [3, 3]], [[0, 0], [0, 0], [0, 0], [0, 0]]])
     assert temperature.share_distinct(response) == pytest.approx((3 / 4 + 1 / 4) / 2)
+    # with 3 as end-of-text: 1 2, 1 3; and 0 0
+    assert temperature.count_pairs(response, 3) == (2 + 1) / 2
 
 
 def test_responses_are_cut_into_equal_parts():
