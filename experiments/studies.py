@@ -206,7 +206,9 @@ def find_other_m(rows: list[dict], n: int, made_by: dict) -> dict[int, list[dict
     """Return vBoN's rows of earlier runs that differ only in M and seed: M -> rows."""
     found = {}
     for row in rows:
-        same = all(row.get(name) == value for name, value in made_by.items() if name != "m")
+        # the vocabulary of another seed's text may have a token more or less
+        same = all(row.get(name) == value for name, value in made_by.items()
+                   if name not in ("m", "vocab"))
         if same and row["method"] == "vbon" and row["n"] == n:
             found.setdefault(row["m"], []).append(row)
     return dict(sorted(found.items()))
