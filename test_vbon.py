@@ -232,7 +232,7 @@ def test_the_best_of_equals_is_one_of_them_at_random():
 
 
 def test_above_all_reference_rewards_the_target_is_a_probability():
-    """(7) is capped: log π_bon = log(1 - (1 - π_ref)^N), where F_le = 1 + π_ref would be +25 nats."""
+    """(7) is capped: log π_bon = log(1 - (1 - π_ref)^N). With F_le = 1 + π_ref it would be +25."""
     p = torch.tensor([[0.5, 0.01, 1e-9]]).double()
     ref_rewards = torch.arange(64)[None]
     target = vbon.bon_target(p.log(), torch.full((1, 3), 99), ref_rewards, 512)

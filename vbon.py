@@ -208,7 +208,7 @@ def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (
     _check_shapes(logprob, log_target)
     logprob = _float64(logprob)
     # In (6) the score is a number, so detach it: otherwise autograd would differentiate both
-    # factors of advantage · logprob. (When π_θ = π_bon, all scores are equal, and the gradient noise is 0.)
+    # factors of advantage · logprob. (When π_θ = π_bon, all scores are equal: no gradient noise.)
     score = (_float64(log_target) - logprob).detach()
     if not score.isfinite().all():
         raise ValueError("want finite log-probabilities, got nan or inf")
@@ -274,7 +274,7 @@ def reinforce(policy, prompt: Tensor, response: Tensor, log_target: Tensor,
         found.append(logprob.detach())
     return torch.cat(found)
 
-# ---------------------------------------------------------------------------------------- 5. helpers
+# --------------------------------------------------------------------------------------- 5. helpers
 
 def _float64(x: Tensor) -> Tensor:
     return x.cpu().double()                # in this order: not every device knows float64

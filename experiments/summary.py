@@ -123,8 +123,8 @@ def print_comparison(groups: Groups, ns: list[int]) -> None:
         if beta is not None:
             cells += f"  beta={beta:g}"
         print(f"{title(method, n):19} N={n:<4}{cells}".rstrip())
-    print("\nThe highest: the best of all policies with the same KL to the reference. Blank: too few"
-          "\neffective samples. By training: what training left undone, and chance.")
+    print("\nThe highest: the best of all policies with the same KL to the reference. Blank: too "
+          "few\neffective samples. By training: what training left undone, and chance.")
     for n in ns:
         rivals = {key: rows for key, rows in trained.items() if key[0] == n}
         if len(rivals) > 1:
@@ -139,7 +139,7 @@ def print_comparison(groups: Groups, ns: list[int]) -> None:
 
 
 def print_verdict(n: int, rivals: Groups) -> None:
-    """Print rankings: nearest to best-of-N; least below the highest reward and win rate at its KL."""
+    """Print rankings: nearest to best-of-N; least below the highest reward and win rate."""
     print(f"\nN = {n}, from best to worst; * means: within the errors of the best")
     for name, heading in (("kl_bon", "KL to best-of-N"),
                           ("below_reward", "reward below the highest at its KL"),

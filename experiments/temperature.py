@@ -80,7 +80,7 @@ def share_distinct(response: Tensor) -> float:  # (P, K, L)
 
 
 def count_pairs(response: Tensor, eot: int) -> float:  # (P, K, L)
-    """Return the number of different pairs of neighbouring tokens in the K responses to a prompt."""
+    """Return the number of different pairs of neighbouring tokens in the responses to a prompt."""
     counts = []
     for y in response:
         pairs = y.unfold(1, 2, 1).reshape(-1, 2)

@@ -169,7 +169,7 @@ def test_the_beta_of_each_aim_goes_as_far_as_best_of_n(method):
     kl = theory.best_of_n(3, rewards)["kl_ref"]
     assert theory.aim(method, 3, beta, rewards)["kl_ref"] == pytest.approx(kl, rel=0.01)
 
-# ------------------------------------------------------------------------------- decoded by best-of-n
+# ----------------------------------------------------------------------------- decoded by best-of-n
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_decoded_win_rate_is_that_of_all_sets(n):

@@ -181,7 +181,7 @@ LARGEST = 2.0 ** 60                     # of t · spread: beyond, only the best 
 
 
 def _spread(values: Tensor) -> float:
-    """Return the largest distance of a value from the best one of its prompt; 1 if all are equal."""
+    """Return the largest distance of a value from the best one of its prompt; 1 for equal ones."""
     return _from_the_top(values).abs().max().item() or 1.0
 
 
@@ -271,7 +271,7 @@ def decoded_win_rate(reward: Tensor, ref_rewards: Tensor, n: int, own_n: int | N
 
 
 def wins_over_best(reward: Tensor, ref_rewards: Tensor, n: int) -> Tensor:
-    """Return how often y beats the best of n different reference responses: (P, K), (P, M) -> (P, K).
+    """Return how often y beats the best of n reference responses: (P, K), (P, M) -> (P, K).
 
     An unbiased estimate of F^n: the share of sets of n whose rewards are all lower; a tie counts
     half.

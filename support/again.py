@@ -79,7 +79,7 @@ def sample_again(args: argparse.Namespace, n: int, seed: int, device: torch.devi
 
 
 def _reward(kept: dict, encoding: tiktoken.Encoding, cache: Path, device: torch.device):
-    """Return the reward of the run: its file, or a copy where that has changed, or its classifier."""
+    """Return the reward of the run: its file, or a copy if that has changed, or its classifier."""
     if "classifier" in kept:
         classifier = Classifier(encoding.n_vocab)
         classifier.load_state_dict(kept["classifier"])

@@ -66,7 +66,7 @@ def _add(total, part: object) -> None:
 
 
 def _check_current(kind: type) -> None:
-    """Raise UnusableInput for a class of a file that was loaded again since: its code is another."""
+    """Raise UnusableInput for a class of a file that was loaded again since: it has other code."""
     current = getattr(sys.modules[kind.__module__], kind.__name__, kind)
     if current is not kind:
         raise UnusableInput(f"{kind.__module__} was loaded again, but a {kind.__name__} of the old "

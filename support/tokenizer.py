@@ -1,4 +1,4 @@
-"""Tokens: a byte-pair trainer, tiktoken's encoder, and the tokenizer files of Hugging Face folders."""
+"""Tokens: a byte-pair trainer, tiktoken's encoder, the tokenizer files of Hugging Face folders."""
 import json
 import re
 from collections import Counter, defaultdict
@@ -178,7 +178,7 @@ def _check_plain(path: Path, content: dict) -> None:
 
 
 def _check_tokenizer_config(path: Path) -> None:
-    """Raise UnusableInput for settings of tokenizer_config.json that change ids, and that we lack."""
+    """Raise UnusableInput for settings of tokenizer_config.json that change ids in other ways."""
     if not path.exists():
         return
     settings = read_json(path)
@@ -259,7 +259,7 @@ def save_tokenizer(encoding: tiktoken.Encoding, folder: str | Path, max_length: 
         "bos_token": END, "eos_token": END, "unk_token": END, "pad_token": END,
         # prompts of a batch end together, so that responses begin together
         "padding_side": "left",
-        # GPT-2 has no token types; if transformers 4 returned some, it would add embeddings for them
+        # GPT-2 has no token types; if transformers 4 returned some, it would add their embeddings
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }

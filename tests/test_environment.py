@@ -83,7 +83,7 @@ def test_two_processes_with_one_folder_lose_no_row(tmp_path):
     assert seeds == [*range(20), *range(100, 120)]
 
 
-# ------------------------------------------------------------------------ streams, clocks and folders
+# ---------------------------------------------------------------------- streams, clocks and folders
 
 def shell(command, folder):
     """What a command of the shell prints, and its status; `$TRAIN` starts the program."""

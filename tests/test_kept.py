@@ -43,7 +43,7 @@ def stages(names):
     """The names without seed and code, such as "samples-held-out"."""
     return {name.split("-seed")[0] for name in names}
 
-# --------------------------------------------------------------------- what an edit of a file repeats
+# ------------------------------------------------------------------- what an edit of a file repeats
 
 ROOMS = ("vbon", "model", "reward", "train", "support")
 
@@ -297,7 +297,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_numbers(tmp_pa
     assert stops > 10
     assert read_rows(tmp_path / "stopped") == read_rows(tmp_path / "whole")
 
-# --------------------------------------------------------------------------------- names of contents
+# -------------------------------------------------------------------------------- names of contents
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:

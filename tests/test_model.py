@@ -196,7 +196,7 @@ def test_merging_adapters_keeps_the_function_and_the_names():
     assert policy.state_dict().keys() == small_gpt().state_dict().keys()
 
 
-# ----------------------------------------------------------- what a caller would not notice is refused
+# -------------------------------------------------------- what a caller would not notice is refused
 
 def test_a_tied_model_gets_no_adapters():
     """The adapter of the head would not be on the embedding, though both are one weight."""
@@ -233,7 +233,7 @@ def test_more_tokens_than_there_are_positions_are_refused(use):
     with pytest.raises(ValueError, match="tokens; this model has room for 12"):
         use(small_gpt(), tokens)
 
-# ------------------------------------------------------------------- sampling, with responses that end
+# ---------------------------------------------------------------- sampling, with responses that end
 
 def ending_gpt():
     """Two letters and end-of-text, which is frequent: after 8 tokens, most responses have ended."""

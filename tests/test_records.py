@@ -132,7 +132,7 @@ def test_own_texts_are_at_most_64_tokens_by_default(tmp_path):
     assert "100% of them are longer than 4 + 64 tokens" in printed
     assert "Responses that do not end within 64 tokens, but are cut: reference" in printed
 
-# ------------------------------------------------------------------------------------- --sample alone
+# ----------------------------------------------------------------------------------- --sample alone
 
 def test_a_folder_is_enough_to_sample_from_its_run(copied_run):
     before = {path.name for path in (copied_run / "out" / "cache").iterdir()}
