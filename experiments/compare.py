@@ -328,7 +328,9 @@ def distances(row: dict, reward: Tensor, held_rewards: Tensor) -> dict[str, floa
     `left_*`, which training left undone. Also the aim itself: aim_win_rate, aim_kl_ref, aim_kl_bon.
     None where too few effective samples are left.
     """
-    aim = theory.aim(row["method"], row["n"], row["beta"], held_rewards)
+    aim = None
+    if row["method"] in theory.KNOWN:
+        aim = theory.aim(row["method"], row["n"], row["beta"], held_rewards)
     found = {}
     for plane in ("win_rate", "reward"):
         below = below_highest(plane, row, held_rewards)

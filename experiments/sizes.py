@@ -20,7 +20,7 @@ from support.errors import UnusableInput
 from support.inputs import Inputs, read_inputs
 from support.settings import check_settings, choose_settings
 
-SIZES = ((2, 64, 2), (4, 128, 4), (4, 256, 4))          # layers, width, heads
+SIZES = ((2, 64, 2), (2, 128, 4), (4, 128, 4))          # layers, width, heads
 
 
 def main(argv: list[str] | None = None) -> None:

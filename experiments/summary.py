@@ -50,9 +50,9 @@ def mean_and_spread(rows: list[dict], name: str) -> tuple[float, float] | None:
     return mean, spread
 
 
-def title(method: str, n: int) -> str:
+def title(method: str, n: int | str) -> str:
     """Return the name of a method in tables and samples."""
-    return NAMES[method].format(n=n)
+    return NAMES.get(method, method).format(n=n)
 
 
 def print_table(groups: Groups, ns: list[int], pool: Tensor) -> None:
@@ -193,6 +193,12 @@ def plot_results(path: Path, rows: list[dict], ns: list[int], beta_given: bool, 
         plot_strips(axes[3:], groups, ns)
 
 
+def styles(groups: Groups) -> dict[str, tuple[str, str]]:
+    """Return marker and color of each method; a method of yours gets one too."""
+    own = [method for _, method, _ in groups if method not in STYLES and method != "ref"]
+    return STYLES | {method: ("$?$", "tab:pink") for method in own}
+
+
 def plot_planes(planes: list, groups: Groups, reach: float, pool: Tensor) -> None:
     """Plot win rate and reward against the KL to the reference, up to the KL `reach`."""
     curves = theory.curves(pool)
@@ -204,14 +210,15 @@ def plot_planes(planes: list, groups: Groups, reach: float, pool: Tensor) -> Non
             axes.plot([point["kl_ref"] for point in near], [point[plane] - zero for point in near],
                       line, color=color, lw=1, label=label)
         # what was measured; the strips below show the errors
-        for method, (marker, color) in STYLES.items():
-            label = NAMES[method].format(n="N")
+        for method, (marker, color) in styles(groups).items():
+            label = title(method, "N")
             for (_, other, _), group in groups.items():
                 if other != method:
                     continue
                 kl, _ = mean_and_spread(group, "kl_ref")
                 height, _ = mean_and_spread(group, plane)
-                axes.plot(kl, height, marker, color=color, ms=6, alpha=0.8, label=label)
+                axes.plot(kl, height, marker=marker, ls="none", color=color, ms=6, alpha=0.8,
+                          label=label)
                 label = None                            # one entry in the legend for each method
         axes.set(xlabel="KL to the reference, nats per response")
     planes[0].set(ylabel="win rate over the reference", title="What best-of-N aims for")
@@ -225,7 +232,7 @@ STRIPS = (("kl_bon", "KL to best-of-N"),
 
 def plot_strips(strips: list, groups: Groups, ns: list[int]) -> None:
     """Plot three quantities of each trained method: measured, and that of its aim, for each N."""
-    shown = [method for method in STYLES if any(key[1] == method for key in groups)
+    shown = [method for method in styles(groups) if any(key[1] == method for key in groups)
              and method in TRAINED]
     for axes, (name, heading) in zip(strips, STRIPS):
         for (n, method, _), rows in groups.items():
@@ -233,7 +240,7 @@ def plot_strips(strips: list, groups: Groups, ns: list[int]) -> None:
                 continue
             # the first method on top; several N a little below each other
             height = -shown.index(method) - 0.6 * ns.index(n) / len(ns)
-            _, color = STYLES[method]
+            _, color = styles(groups)[method]
             found = mean_and_spread(rows, name)
             if found is not None:
                 mean, error = found
@@ -244,5 +251,5 @@ def plot_strips(strips: list, groups: Groups, ns: list[int]) -> None:
         axes.set(title=heading, xlabel="|: the aim of the method    o: trained")
         axes.set_yticks([-i for i in range(len(shown))], [""] * len(shown))
         axes.grid(axis="y", lw=0.3)
-    names = [NAMES[method].format(n="N") for method in shown]
+    names = [title(method, "N") for method in shown]
     strips[0].set_yticks([-i for i in range(len(shown))], names)

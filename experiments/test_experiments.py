@@ -586,6 +586,16 @@ def test_error_of_a_distance_leaves_out_how_prompts_differ():
     assert error < 1e-6
 
 
+def test_a_method_of_ones_own_has_a_name_and_a_marker_but_no_aim():
+    row = {"method": "mine", "n": 4, "beta": None, "kl_ref": 0.5, "win_rate": 0.75, "reward": 0.7,
+           "win_rate_se": 0.01}
+    assert summary.title("mine", 4) == "mine"
+    assert summary.styles({(4, "mine", None): [row]})["mine"] != summary.STYLES["vbon"]
+    rewards = uniform_rewards().repeat(2, 1)
+    found = compare.distances(row, rewards[:, :8], rewards)
+    assert found["aim_win_rate"] is None and found["below_win_rate"] > 0
+
+
 def test_seeds_are_grouped_unless_their_beta_was_given():
     rows = [{"n": 2, "method": "kl-rl", "beta": beta, "seed": seed}
             for seed, beta in enumerate([1.0, 1.1])]

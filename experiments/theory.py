@@ -316,8 +316,10 @@ def _cdf(weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 # ---------------------------------------------------------------------------- aims of the methods
 
+AT_BON = ("vbon", "bon-sft", "bond")
 FIXED_POINTS = ("max-at-k", "max-at-k-win", "infalign", "wind")
 WITH_BETA = ("kl-rl", "infalign-ctrl", *FIXED_POINTS, "pessimism")
+KNOWN = (*AT_BON, "bound", "bonbon", *WITH_BETA)
 
 
 def aim(method: str, n: int, beta: float | None, ref_rewards: Tensor) -> dict[str, float] | None:
@@ -330,7 +332,7 @@ def aim(method: str, n: int, beta: float | None, ref_rewards: Tensor) -> dict[st
     found = _attained(weight, ref_rewards)
     if found["ess"] < MIN_SIZE:
         return None
-    if method in ("vbon", "bon-sft", "bond"):
+    if method in AT_BON:
         found = best_of_n(n, ref_rewards)
     kl_bon = torch.xlogy(weight, weight) - torch.xlogy(weight, bon_weights(n, ref_rewards))
     return found | {"kl_bon": kl_bon.sum(-1).mean().item(),
@@ -343,7 +345,7 @@ def aim_weights(method: str, n: int, beta: float | None, ref_rewards: Tensor) ->
     Exact if these are all responses there are, with equal probabilities.
     """
     rewards = ref_rewards.cpu().double()
-    if method in ("vbon", "bon-sft", "bond"):
+    if method in AT_BON:
         return bon_weights(n, rewards)
     if method == "bound":
         return ((n - 1) * vbon.empirical_cdf(rewards, rewards).log()).softmax(-1)

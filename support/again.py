@@ -41,7 +41,7 @@ def _path(out: Path, n: int, seed: int) -> Path:
 def find_run(args: argparse.Namespace) -> tuple[int, int] | None:
     """Return n and seed of the run that --sample means, or None if other flags name one.
 
-    Raises UnusableInput if the folder holds several.
+    Raises UnusableInput if the folder holds several, or if --sample stands alone and there is none.
     """
     if args.sample is None or not set(args.given) <= set(MODELS):
         return None
@@ -57,7 +57,14 @@ def find_run(args: argparse.Namespace) -> tuple[int, int] | None:
     if len(found) > 1:
         names = "; ".join(f"--n {n} --seed {seed}" for n, seed in found)
         raise UnusableInput(f"--sample: {args.out} holds several runs; add one of: {names}")
-    return found[0] if found else None
+    if found:
+        return found[0]
+    kept = any((Path(args.out) / "cache").glob("*.pt"))
+    if set(args.given) <= {"--sample", "--out"} and not kept:
+        # to train for minutes is not what this command looks like
+        raise UnusableInput(f"--sample: {args.out} holds no finished run; name its folder by --out, "
+                            f"or add the flags of a run, such as --n 4")
+    return None
 
 
 def sample_again(args: argparse.Namespace, n: int, seed: int, device: torch.device) -> str:

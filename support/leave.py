@@ -41,6 +41,8 @@ def leave(args: argparse.Namespace, inputs: Inputs, run, best: Tensor, made_by: 
     export_model(out / f"reference-seed{run.seed}", world.reference, encoding, lines[0], paths)
     export_model(out / f"policy-{name}", run.policy, encoding, lines[-1], paths)
     keep_run(out, run.n, run.seed, world, inputs)
+    if args.quick:
+        print("\n--quick shows only that the program runs: its models are hardly trained.")
     print(f"\n{out}/ holds the picture vbon.png, some responses in samples.txt and all in "
           f"responses-*.jsonl\n({size}), the policy in policy-{name}, the reference in "
           f"reference-seed{run.seed}")

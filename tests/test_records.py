@@ -154,6 +154,12 @@ def test_a_folder_of_several_runs_says_which_flags_decide(copied_run):
     assert (status, printed.count("best of 3")) == (0, 3)
 
 
+def test_sample_alone_does_not_train_for_minutes(tmp_path):
+    status, printed, error = run("--sample", "i watched this", cwd=tmp_path)
+    assert (status, printed) == (2, "")
+    assert "out holds no finished run; name its folder by --out" in error
+
+
 def test_the_reward_of_a_run_is_kept_with_it(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def reward(prompts, responses):\n    return [7.25 for r in responses]\n",
