@@ -3,7 +3,8 @@
     python -m experiments.sizes --n 4 --seed 0 1
 
 vBoN on references of three sizes, each with the learning rate 0.54 / √(trained parameters). It has
-the stages and flags of train.py; each size has its own folder in --out. Half an hour for each seed.
+the stages and flags of train.py; each size has its own folder in --out. Larger models can be added
+to SIZES.
 """
 import argparse
 import math
