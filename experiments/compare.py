@@ -9,6 +9,7 @@ train.py. For each seed: text, reward, reference samples; then for each N: fine-
 import argparse
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
             trained, rewards = measure_policies(out, world, policies, n, settings[n], seed, made_by)
             results.add_results(out, untrained + trained)
             for policy, row in zip(policies, trained):
-                folder = policy_folder(args, out, policy.method, n, policy.beta, seed)
+                beta = policy.beta if args.beta is not None else None
+                folder = policy_folder(out, policy.method, n, seed, beta)
                 results.export_model(folder, policy.model, world.text.encoding, row)
             rows += untrained
             for row, reward in zip(trained, rewards):
@@ -94,12 +96,14 @@ def main(argv: list[str] | None = None) -> None:
           f"samples.txt,\nand all models")
 
 
-def policy_folder(args: argparse.Namespace, out: Path, method: str, n: int, beta: float | None,
-                  seed: int) -> Path:
-    """Return the folder of a policy: policy-n4-seed0 as in train.py, policy-bound-n4-seed0, ..."""
+def policy_folder(out: Path, method: str, n: int, seed: int, beta: float | None = None) -> Path:
+    """Return the folder of a policy: policy-n4-seed0 as in train.py, policy-bound-n4-seed0, ...
+
+    beta: that of --beta, if it was given.
+    """
     if method == "vbon":
         return out / f"policy-n{n}-seed{seed}"
-    if method == "kl-rl" and args.beta is not None:
+    if method == "kl-rl" and beta is not None:
         return out / f"policy-kl-rl-beta{beta:g}-seed{seed}"
     return out / f"policy-{method}-n{n}-seed{seed}"
 
@@ -112,7 +116,7 @@ def all_folders(args: argparse.Namespace, out: Path) -> list[Path]:
         for n in args.n:
             for method in args.method or TRAINED:
                 for beta in args.beta or [None]:
-                    folders.append(policy_folder(args, out, method, n, beta, seed))
+                    folders.append(policy_folder(out, method, n, seed, beta))
     return folders
 
 
@@ -271,12 +275,10 @@ def mark() -> dict[str, str]:
 def soft_best_of_n_row(world: train.World, n: int, beta: float, seed: int) -> dict:
     """Return the row of soft best-of-N, really sampled: n candidates give one response."""
     candidates = world.candidates
-    P, M = candidates.reward.shape
-    # the same groups of n candidates as for best-of-N
-    G = M // n
-    groups = candidates.reward[:, :G * n].reshape(P * G, n)
     generator = seeded_generator("cpu", "soft best", n, beta, seed)
-    chosen = decoders.soft_best_of_n(groups, beta, generator).view(P, G) + n * torch.arange(G)
+    # the same groups of n candidates as for best-of-N
+    chosen = choose_in_groups(candidates.reward, n,
+                              lambda groups: decoders.soft_best_of_n(groups, beta, generator))
     reward = candidates.reward.gather(1, chosen)
     ref_logprob = candidates.logprob.gather(1, chosen)
     # the rivals are other samples than those that were chosen from
@@ -290,22 +292,30 @@ def pessimism_row(world: train.World, n: int, beta: float, seed: int) -> dict:
     candidates that is accepted, else one more."""
     candidates = world.candidates
     refs = world.held_out.reward
-    P, M = candidates.reward.shape
-    G = M // (n + 1)
     size = n + 1
-    used = candidates.reward[:, :G * size]
-    ref_chance = decoders.pessimism_chance(vbon.win_rate(refs, refs), vbon.win_rate(refs, refs),
-                                           beta)
-    chance = decoders.pessimism_chance(vbon.win_rate(used, refs), vbon.win_rate(refs, refs), beta)
+    ref_wins = vbon.win_rate(refs, refs)
+    ref_chance = decoders.pessimism_chance(ref_wins, ref_wins, beta)
+    chance = decoders.pessimism_chance(vbon.win_rate(candidates.reward, refs), ref_wins, beta)
     generator = seeded_generator("cpu", "pessimism", n, beta, seed)
-    chosen = decoders.pessimism_choice(chance.view(P * G, size), generator).view(P, G)
-    chosen = chosen + size * torch.arange(G)
+    chosen = choose_in_groups(chance, size,
+                              lambda groups: decoders.pessimism_choice(groups, generator))
     own = decoders.pessimism_logprob(candidates.logprob.gather(1, chosen),
                                      chance.gather(1, chosen), ref_chance, n)
     row = train.decoded_row("pessimism", world, n, chosen, own)
     # on average; the first that is accepted ends it
     row["samples_per_answer"] = round((chosen % size + 1).double().mean().item(), 1)
     return row | decoded(candidates.reward.gather(1, chosen), world, n)
+
+
+def choose_in_groups(values: Tensor, size: int, choose: Callable) -> Tensor:  # (P, M) -> (P, G)
+    """Return the index, among all M, of the one that is chosen in each group of `size` of them.
+
+    choose takes groups (P·G, size) and returns indices (P·G,).
+    """
+    P, M = values.shape
+    G = M // size
+    groups = values[:, :G * size].reshape(P * G, size)
+    return choose(groups).view(P, G) + size * torch.arange(G)
 
 
 def sample_text(world: train.World, policies: list[Policy], prompts: Tensor, n: int,

@@ -1,7 +1,7 @@
 """Decoders that save tokens: win rate against what they sample, beside best-of-n for all n."""
 from pathlib import Path
 
-import torch
+import numpy as np
 
 import vbon
 from experiments import decoders, theory
@@ -21,10 +21,10 @@ def study(world: World, seed: int, path: Path) -> None:
     response = world.candidates.response
     eot = world.text.encoding.eot_token
     full = decoders.count_tokens(response, eot).double().mean().item()
+    wins = vbon.win_rate(world.candidates.reward, refs)
     line = []
     for n in NS:
         if n <= response.shape[1]:
-            wins = vbon.win_rate(world.candidates.reward, refs)
             weight = theory.winner_weights(world.candidates.reward, n)
             line.append((n, *mean_and_error((weight * wins).sum(-1, keepdim=True))))
     thirds = parts(response.shape[2], 3)
@@ -93,11 +93,9 @@ def parts(length: int, count: int) -> list[int]:
 
 
 def interpolate(line: list[tuple], cost: float) -> float:
-    """Return the win rate of best-of-n at a cost between two n."""
-    for (n, win, _), (next_n, next_win, _) in zip(line, line[1:]):
-        if n <= cost <= next_n:
-            return win + (next_win - win) * (cost - n) / (next_n - n)
-    return torch.nan
+    """Return the win rate of best-of-n at a cost between two n; nan outside of the line."""
+    ns, wins, _ = zip(*line)
+    return float(np.interp(cost, ns, wins, left=np.nan, right=np.nan))
 
 
 def _join(cuts: list[int]) -> str:

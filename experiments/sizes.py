@@ -7,15 +7,16 @@ the stages and flags of train.py; each size has its own folder in --out. Larger 
 to SIZES.
 """
 import argparse
+import copy
 import math
 from pathlib import Path
 
-from torch import nn
+import torch
 
 import train
 from experiments import compare
 from experiments.summary import mean_and_spread, with_error
-from model import GPT
+from model import GPT, add_adapters
 from support import options, results
 from support.errors import UnusableInput
 from support.inputs import Inputs, read_inputs
@@ -66,9 +67,9 @@ def fine_tune_and_measure(args: argparse.Namespace, inputs: Inputs, world: train
 
 
 def count_trained(model: GPT, rank: int) -> int:
-    """Return the number of parameters of the adapters: two thin matrices for each linear layer."""
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return sum(rank * sum(module.weight.shape) for module in linear)
+    """Return the number of parameters that fine-tuning trains: those of the adapters."""
+    trained = add_adapters(copy.deepcopy(model), rank, torch.Generator())
+    return sum(p.numel() for p in trained)
 
 
 if __name__ == "__main__":

@@ -101,9 +101,9 @@ def study_aims(world: train.World, n: int) -> None:
         found = theory.aim(method, n, beta, refs)
         if found is None:
             continue
-        worst = theory.decoded_win_rate_of(theory.aim_weights(method, n, beta, refs), refs, n, True)
         lines.append(f"  {title(method, n):20}{found['win_rate']:9.3f}{found['kl_ref']:11.3f}"
-                     f"{found['kl_bon']:11.3f}{found['decoded_win_rate']:11.3f}{worst:11.3f}")
+                     f"{found['kl_bon']:11.3f}{found['decoded_win_rate']:11.3f}"
+                     f"{found['worst_win_rate']:11.3f}")
     print(f"\nWhat do the methods aim at?\n\n{'':22}{'win rate':>9}{'KL to ref':>11}"
           f"{'KL to BoN':>11}{f'best of {n}':>11}{f'worst of {n}':>11}")
     print("\n".join(lines))

@@ -232,15 +232,16 @@ STRIPS = (("kl_bon", "KL to best-of-N"),
 
 def plot_strips(strips: list, groups: Groups, ns: list[int]) -> None:
     """Plot three quantities of each trained method: measured, and that of its aim, for each N."""
-    shown = [method for method in styles(groups) if any(key[1] == method for key in groups)
-             and method in TRAINED]
+    looks = styles(groups)
+    present = {method for _, method, _ in groups}
+    shown = [method for method in looks if method in present and method in TRAINED]
     for axes, (name, heading) in zip(strips, STRIPS):
         for (n, method, _), rows in groups.items():
             if method not in shown:
                 continue
             # the first method on top; several N a little below each other
             height = -shown.index(method) - 0.6 * ns.index(n) / len(ns)
-            _, color = styles(groups)[method]
+            _, color = looks[method]
             found = mean_and_spread(rows, name)
             if found is not None:
                 mean, error = found

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import vbon
+from experiments.compare import policy_folder
 from model import GPT
 from support.errors import read_json
 from support.sampling import compute_rewards, sample_responses
@@ -29,14 +30,14 @@ def find_policies(out: Path, n: int, seed: int, made_by: dict) -> dict[str, GPT]
     """Return the policies that earlier runs with the same settings have left in `out`."""
     found = {}
     for method in POLICIES:
-        name = f"policy-n{n}-seed{seed}" if method == "vbon" else f"policy-{method}-n{n}-seed{seed}"
-        if not (out / name / "settings.json").is_file():
+        folder = policy_folder(out, method, n, seed)
+        if not (folder / "settings.json").is_file():
             continue
-        settings = read_json(out / name / "settings.json")
+        settings = read_json(folder / "settings.json")
         if all(settings.get(key) == value for key, value in made_by.items()):
-            found[method] = GPT.from_pretrained(out / name)
+            found[method] = GPT.from_pretrained(folder)
         else:
-            print(f"  {out / name} was made with other settings: it is left out")
+            print(f"  {folder} was made with other settings: it is left out")
     return found
 
 

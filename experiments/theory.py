@@ -325,8 +325,9 @@ KNOWN = (*AT_BON, "bound", "bonbon", *WITH_BETA)
 def aim(method: str, n: int, beta: float | None, ref_rewards: Tensor) -> dict[str, float] | None:
     """Return what a policy attains that has reached the target of its method.
 
-    As `tilt`; kl_bon, the KL of the target itself to best-of-n; and decoded_win_rate, what it wins
-    if it is decoded by best-of-n. None if fewer than 16 effective samples are left.
+    As `tilt`; kl_bon, the KL of the target itself to best-of-n; and decoded_win_rate and
+    worst_win_rate, what it wins if it is decoded by best-of-n or worst-of-n. None if fewer than 16
+    effective samples are left.
     """
     weight = aim_weights(method, n, beta, ref_rewards)
     found = _attained(weight, ref_rewards)
@@ -336,7 +337,8 @@ def aim(method: str, n: int, beta: float | None, ref_rewards: Tensor) -> dict[st
         found = best_of_n(n, ref_rewards)
     kl_bon = torch.xlogy(weight, weight) - torch.xlogy(weight, bon_weights(n, ref_rewards))
     return found | {"kl_bon": kl_bon.sum(-1).mean().item(),
-                    "decoded_win_rate": decoded_win_rate_of(weight, ref_rewards, n)}
+                    "decoded_win_rate": decoded_win_rate_of(weight, ref_rewards, n),
+                    "worst_win_rate": decoded_win_rate_of(weight, ref_rewards, n, worst=True)}
 
 
 def aim_weights(method: str, n: int, beta: float | None, ref_rewards: Tensor) -> Tensor:
