@@ -38,17 +38,16 @@ FROM_SETS = ("max-at-k", "max-at-k-win", "infalign")    # these need n own respo
 
 def choose_method(name: str, n: int, beta: float | None) -> Method:
     """Return one of METHODS; β belongs to those in theory.WITH_BETA."""
-    gradients = {"bon-sft": bon_sft_gradient, "bond": bond_gradient, "bonbon": bonbon_gradient}
-    targets = {"bound": bound_target, "wind": wind_target}
-    if name in gradients:
-        gradient = gradients[name]
+    targets = {"bound": bound_target, "wind": wind_target,
+               "kl-rl": functools.partial(value_target, name="kl-rl"),
+               "infalign-ctrl": functools.partial(value_target, name="infalign-ctrl")}
+    losses = {"bon-sft": bon_sft_gradient, "bond": bond_gradient, "bonbon": bonbon_gradient}
+    if name in targets:
+        gradient = functools.partial(target_gradient, target=targets[name], beta=beta)
     elif name in FROM_SETS:
         gradient = functools.partial(max_at_k_gradient, name=name, beta=beta)
-    elif name in targets:
-        gradient = functools.partial(target_gradient, target=targets[name], beta=beta)
     else:
-        target = functools.partial(value_target, name=name)
-        gradient = functools.partial(target_gradient, target=target, beta=beta)
+        gradient = losses[name]
     label = f"{name} n={n}"
     if name == "kl-rl":
         label = f"kl-rl beta={beta:g}"

@@ -8,7 +8,6 @@ All in turn on one machine, medians of 5. What needs a library that is missing i
 prints the versions, memory, and the share of the peak of a matrix product.
 """
 import argparse
-import copy
 import importlib.metadata
 import importlib.util
 import os
@@ -25,9 +24,9 @@ import torch
 from torch import Tensor
 
 import train
-from experiments.studies import any_reward
-from model import GPT, add_adapters
-from support.announce import operations
+from experiments.studies import prepare_update
+from model import GPT
+from support.announce import matmul_speed, operations
 from support.reviews import builtin_reviews
 from support.text import Text
 from support.tokenizer import encode, save_tokenizer, train_tokenizer
@@ -130,9 +129,7 @@ def spread(seconds: list[float]) -> str:
 
 def matmul_peak(device: torch.device) -> float:
     """Return the operations per second of a large matrix product, the best of several."""
-    size = 8192 if device.type == "cuda" else 2048
-    x = torch.randn(size, size, device=device)
-    return 2 * size ** 3 / min(measure(lambda: x @ x, device) for _ in range(20))
+    return matmul_speed(device, 8192 if device.type == "cuda" else 2048, 20)
 
 # ------------------------------------------------------------------------ beside transformers
 
@@ -173,29 +170,9 @@ def time_update(size: tuple, repeats: int, device: torch.device, peak: float
     """Return the seconds of updates with adapters, as in the main job; their share of the peak, if
     all responses had their full length; and the largest memory."""
     layers, width, heads, vocab, _ = size
-    reference = GPT(vocab, TOKENS, layers, heads, width, generator=torch.Generator().manual_seed(0))
-    reference.untie_head()
-    policy = copy.deepcopy(reference)
-    trained = add_adapters(policy, TUNING.rank, torch.Generator().manual_seed(0))
-    policy.to(device)
-    reference.to(device)
-    optimizer = torch.optim.Adam(trained, lr=1e-5, fused=True)
-    generator = torch.Generator(device).manual_seed(0)
-    prompt = torch.randint(vocab - 1, (TUNING.batch, SETTINGS.text.prompt_tokens),
-                           generator=generator, device=device)
-    ref_rewards = torch.randn(TUNING.batch, SETTINGS.samples.m)
-    # late in training: n has its full size
-    batch = train.Batch(TUNING.steps, prompt, None, ref_rewards)
-
-    def update() -> None:
-        optimizer.zero_grad()
-        train.vbon_gradient(policy, reference, any_reward, batch, 4, TUNING, generator)
-        optimizer.step()
-
-    update()
+    update, _, count = prepare_update(layers, width, heads, vocab, device)
+    update()                                            # the first one includes preparations
     seconds = [measure(update, device) for _ in range(repeats)]
-    weights = sum(p.numel() for name, p in reference.named_parameters() if name[:3] != "wte")
-    count = 10 * weights * TUNING.batch * TUNING.k * TUNING.length
     memory = ""
     if device.type == "cuda":
         memory = f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"

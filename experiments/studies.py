@@ -20,6 +20,7 @@ import argparse
 import copy
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from experiments import overoptimisation, savings, temperature, theory
 from experiments.summary import mean_and_spread, title, with_error
 from model import GPT, add_adapters
 from support import options, report, results
+from support.announce import count_weights
 from support.errors import UnusableInput
 from support.inputs import read_inputs
 from support.settings import check_settings, choose_settings
@@ -289,6 +291,24 @@ def cost(layers: int, width: int, heads: int, tokens: int, updates: int = 3) -> 
     the policy: 2 + 2 + 2 + 4 operations for each weight.
     """
     import resource                                     # here, since Windows does not have it
+    update, weights, flops = prepare_update(layers, width, heads, tokens, torch.device("cpu"))
+    seconds = []
+    for _ in range(updates):
+        began = time.monotonic()
+        update()
+        seconds.append(time.monotonic() - began)
+    return {
+        "weights": weights,
+        "seconds": min(seconds),
+        "flops": flops,
+        "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,     # as Linux counts
+    }
+
+
+def prepare_update(layers: int, width: int, heads: int, tokens: int, device: torch.device
+                   ) -> tuple[Callable[[], None], int, int]:
+    """Return an update of the main job to call, with a GPT of random weights; the number of its
+    weights; and the operations of an update, if all responses have their full length."""
     s = train.Settings()
     generator = torch.Generator().manual_seed(0)
     reference = GPT(tokens, s.text.prompt_tokens + s.text.length, layers, heads, width,
@@ -296,30 +316,23 @@ def cost(layers: int, width: int, heads: int, tokens: int, updates: int = 3) -> 
     reference.untie_head()
     policy = copy.deepcopy(reference)
     trained = add_adapters(policy, s.tuning.rank, generator)
-    optimizer = torch.optim.Adam(trained, lr=1e-4, fused=True)
+    policy.to(device)
+    reference.to(device)
+    optimizer = torch.optim.Adam(trained, lr=1e-5, fused=True)
     prompt = torch.randint(tokens - 1, (s.tuning.batch, s.text.prompt_tokens), generator=generator)
     ref_rewards = torch.randn(s.tuning.batch, s.samples.m, generator=generator)
     # late in training: n has its full size
-    batch = train.Batch(s.tuning.steps, prompt, None, ref_rewards)
-    seconds = []
-    for _ in range(updates):
-        began = time.monotonic()
+    batch = train.Batch(s.tuning.steps, prompt.to(device), None, ref_rewards)
+    sampling = torch.Generator(device).manual_seed(0)
+
+    def update() -> None:
+        """Run one update."""
         optimizer.zero_grad()
-        train.vbon_gradient(policy, reference, any_reward, batch, 4, s.tuning, generator)
+        train.vbon_gradient(policy, reference, any_reward, batch, 4, s.tuning, sampling)
         optimizer.step()
-        seconds.append(time.monotonic() - began)
-    weights = 0
-    for name, p in reference.named_parameters():
-        # looking up an embedding is not a multiplication
-        if name not in ("wte.weight", "wpe.weight"):
-            weights += p.numel()
-    responses = s.tuning.batch * s.tuning.k
-    return {
-        "weights": weights,
-        "seconds": min(seconds),
-        "flops": 10 * weights * responses * s.tuning.length,
-        "memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,     # as Linux counts
-    }
+
+    weights = count_weights(reference)
+    return update, weights, 10 * weights * s.tuning.batch * s.tuning.k * s.tuning.length
 
 
 def any_reward(prompt: Tensor, response: Tensor) -> Tensor:  # (P, T), (P, K, L) -> (P, K)

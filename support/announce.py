@@ -36,31 +36,51 @@ def operations(settings: AllSettings, model: GPT, text: Text, policies: int = 1)
     update, a token is sampled, scored by reference and policy, and goes backward: 10 operations.
     """
     s = settings
-    prompts = len(text.prompts)
-    held_out = len(text.held_prompts)
-    weights = sum(p.numel() for name, p in model.named_parameters() if name[:3] not in ("wte", "wpe"))
+    sampled, trained, evaluated = count_responses(settings, text)
+    reviews = s.reference.lm_steps * s.reference.lm_batch
+    tokens = s.text.prompt_tokens + text.length
+    of_policies = policies * (10 * trained + 8 * evaluated)
+    return count_weights(model) * tokens * (6 * reviews + 2 * sampled + of_policies)
+
+
+def count_weights(model: GPT) -> int:
+    """Return the number of weights that each token is multiplied with."""
+    weights = 0
+    for name, p in model.named_parameters():
+        # looking up an embedding is not a multiplication
+        if name not in ("wte.weight", "wpe.weight"):
+            weights += p.numel()
     if model.config["tied"]:
         weights += model.wte.weight.numel()             # it is the head, too
-    reference = 6 * s.reference.lm_steps * s.reference.lm_batch
-    sampled = 2 * (prompts * s.samples.m + 2 * held_out * s.samples.m_eval)
-    updates = 10 * s.tuning.steps * min(s.tuning.batch, prompts) * s.tuning.k
-    evaluated = 8 * held_out * s.evaluation.k_eval
-    tokens = s.text.prompt_tokens + text.length
-    return weights * tokens * (reference + sampled + policies * (updates + evaluated))
+    return weights
+
+
+def count_responses(settings: AllSettings, text: Text) -> tuple[int, int, int]:
+    """Return the numbers of responses: of the reference, of a policy in training, in evaluation."""
+    prompts = len(text.prompts)
+    held_out = len(text.held_prompts)
+    sampled = prompts * settings.samples.m + 2 * held_out * settings.samples.m_eval
+    trained = settings.tuning.steps * min(settings.tuning.batch, prompts) * settings.tuning.k
+    return sampled, trained, held_out * settings.evaluation.k_eval
 
 
 def describe_cost(count: float, device: torch.device) -> str:
     """Return what this many operations take: a line, with an estimate of the time."""
-    x = torch.randn(1024, 1024, device=device, generator=torch.Generator(device).manual_seed(0))
+    # small models take some three times as long as their matrix products alone
+    minutes = 3 * count / matmul_speed(device, 1024, 5) / 60
+    duration = f"some {minutes:,.0f} minutes" if minutes > 1.5 else "about a minute"
+    return f"cost: {count / 1e12:.3g} TFLOP at most, {duration} here"
+
+
+def matmul_speed(device: torch.device, size: int, repeats: int) -> float:
+    """Return the operations per second of a square matrix product, the best of several."""
+    x = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0))
     seconds = []
-    for _ in range(5):
+    for _ in range(repeats):
         began = time.perf_counter()
         (x @ x).sum().item()                            # .item() waits for a GPU
         seconds.append(time.perf_counter() - began)
-    # small models take some three times as long as their matrix products alone
-    minutes = 3 * count / (2 * 1024 ** 3 / min(seconds)) / 60
-    duration = f"some {minutes:,.0f} minutes" if minutes > 1.5 else "about a minute"
-    return f"cost: {count / 1e12:.3g} TFLOP at most, {duration} here"
+    return 2 * size ** 3 / min(seconds)
 
 
 def wins_of_target(n: int, m: int) -> float:
@@ -81,13 +101,9 @@ def wins_of_target(n: int, m: int) -> float:
 
 def count_rewards(settings: AllSettings, text: Text, n: int, policies: int = 1) -> int:
     """Return how many rewards a run computes at most; for one policy, if no stage is finished."""
-    prompts = len(text.prompts)
-    held_out = len(text.held_prompts)
+    sampled, trained, evaluated = count_responses(settings, text)
     tried = 8
-    sampled = prompts * settings.samples.m + 2 * held_out * settings.samples.m_eval
-    trained = settings.tuning.steps * min(settings.tuning.batch, prompts) * settings.tuning.k
-    evaluated = held_out * settings.evaluation.k_eval
-    shown = min(8, held_out) * (1 + n + 1)                      # in samples.txt
+    shown = min(8, len(text.held_prompts)) * (1 + n + 1)        # in samples.txt
     return tried + sampled + policies * (trained + evaluated + shown)
 
 
