@@ -2,13 +2,13 @@
 
     python -m experiments.sizes --n 4 --seed 0 1
 
-vBoN on references of three sizes, each with the learning rate 0.54 / √(trained parameters). It has
-the stages and flags of train.py; each size has its own folder in --out. Larger models can be added
-to SIZES.
+vBoN on references of several sizes, each with the learning rate 0.54 / √(trained parameters). It
+has the stages and flags of train.py, and --size; each size has its own folder in --out.
 """
 import argparse
 import copy
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -22,12 +22,17 @@ from support.errors import UnusableInput
 from support.inputs import Inputs, read_inputs
 from support.settings import check_settings, choose_settings
 
-SIZES = ((2, 64, 2), (2, 128, 4), (4, 128, 4))          # layers, width, heads
+HEAD_WIDTH = 32                                         # an attention head has this width
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print a row for each size: means over the seeds."""
-    args = options.make_parser(__doc__, several=True).parse_args(argv)
+    parser = options.make_parser(__doc__, several=True)
+    parser.add_argument("--size", nargs="+", metavar="LxW", default=["2x64", "2x128", "4x128"],
+                        help="The models: layers x width. The width is a multiple of "
+                        f"{HEAD_WIDTH}, that of an attention head. Default: 2x64 2x128 4x128.")
+    args = parser.parse_args(argv)
+    sizes = [parse_size(text) for text in args.size]
     if len(args.n) > 1 or args.init is not None or args.sample is not None:
         raise UnusableInput("sizes: want one --n, and neither --init nor --sample")
     n = args.n[0]
@@ -36,9 +41,9 @@ def main(argv: list[str] | None = None) -> None:
     check_settings(settings, args, n)
     out = Path(args.out)
     lines = []
-    for layers, width, heads in SIZES:
+    for layers, width in sizes:
         args.out = str(out / f"{layers}x{width}")
-        size = settings.change(layers=layers, width=width, heads=heads)
+        size = settings.change(layers=layers, width=width, heads=width // HEAD_WIDTH)
         rows = []
         for seed in args.seed:
             print(f"{layers} layers of width {width}, seed {seed}", flush=True)
@@ -53,6 +58,18 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{'layers':10}{'trained':>9}{'learning':>10}{'win rate':>15}{'KL to ref':>15}"
           f"{'KL to BoN':>15}\n{'x width':10}{'numbers':>9}{'rate':>10}")
     print("\n".join(lines))
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return layers and width of "4x128". Raises UnusableInput for sizes that no model has."""
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if found is not None:
+        layers = int(found[1])
+        width = int(found[2])
+        if layers >= 1 and width >= 1 and width % HEAD_WIDTH == 0:
+            return layers, width
+    raise UnusableInput(f"--size {text}: want layers x width, such as 4x128; the width is a "
+                        f"multiple of {HEAD_WIDTH}")
 
 
 def fine_tune_and_measure(args: argparse.Namespace, inputs: Inputs, world: train.World, n: int,

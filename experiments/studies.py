@@ -11,10 +11,11 @@
     fault         What if the reward has a fault?
     savings       Which decoders save tokens?
     temperature   What does the sampling temperature do?
+    gap           Where does the KL of vBoN to best-of-N come from?
 
 Run it from the folder of train.py. It uses and fills the same cache. Question m also shows the
-policies of earlier runs of train.py with other --m, from results.jsonl in --out; temperature shows
-those that experiments.compare has left there.
+policies of earlier runs of train.py with other --m, from results.jsonl in --out; temperature and
+gap show those that train.py and experiments.compare have left there.
 """
 import argparse
 import copy
@@ -28,7 +29,7 @@ from torch import Tensor
 
 import train
 import vbon
-from experiments import overoptimisation, savings, temperature, theory
+from experiments import gap, overoptimisation, savings, temperature, theory
 from experiments.summary import mean_and_spread, title, with_error
 from model import GPT, add_adapters
 from support import options, report, results
@@ -37,7 +38,7 @@ from support.errors import UnusableInput
 from support.inputs import read_inputs
 from support.settings import check_settings, choose_settings
 
-STUDIES = ("aims", "scale", "bound", "m", "fault", "savings", "temperature")
+STUDIES = ("aims", "scale", "bound", "m", "fault", "savings", "temperature", "gap")
 
 # ------------------------------------------------------------------------------------- the main job
 
@@ -87,8 +88,10 @@ def study(name: str, args: argparse.Namespace, world: train.World, rows: list[di
         overoptimisation.study(out / "fault.png")
     elif name == "savings":
         savings.study(world, args.seed, out / "savings.png")
-    else:
+    elif name == "temperature":
         temperature.study(world, out, args.n, args.seed, made_by)
+    else:
+        gap.study(world, out, args.n, args.seed, made_by)
 
 # ---------------------------------------------------------------------------- aims of all methods
 

@@ -26,24 +26,25 @@ def cooled(model: GPT, temperature: float) -> GPT:
     return model
 
 
-def find_policies(out: Path, n: int, seed: int, made_by: dict) -> dict[str, GPT]:
-    """Return the policies that earlier runs with the same settings have left in `out`."""
-    found = {}
-    for method in POLICIES:
-        folder = policy_folder(out, method, n, seed)
-        if not (folder / "settings.json").is_file():
-            continue
-        settings = read_json(folder / "settings.json")
-        if all(settings.get(key) == value for key, value in made_by.items()):
-            found[method] = GPT.from_pretrained(folder)
-        else:
-            print(f"  {folder} was made with other settings: it is left out")
-    return found
+def find_policy(out: Path, method: str, n: int, seed: int, made_by: dict) -> GPT | None:
+    """Return the policy that an earlier run with the same settings has left in `out`, if any."""
+    folder = policy_folder(out, method, n, seed)
+    if not (folder / "settings.json").is_file():
+        return None
+    settings = read_json(folder / "settings.json")
+    if any(settings.get(key) != value for key, value in made_by.items()):
+        print(f"  {folder} was made with other settings: it is left out")
+        return None
+    return GPT.from_pretrained(folder)
 
 
 def study(world: World, out: Path, n: int, seed: int, made_by: dict, k: int = 64) -> None:
     """Print a table: a row for each model and temperature."""
-    models = {"reference": world.reference} | find_policies(out, n, seed, made_by)
+    models = {"reference": world.reference}
+    for method in POLICIES:
+        policy = find_policy(out, method, n, seed, made_by)
+        if policy is not None:
+            models[method] = policy
     lines = []
     for name, model in models.items():
         for temperature in TEMPERATURES:

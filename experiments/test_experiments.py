@@ -15,7 +15,7 @@ import torch
 
 import train
 import vbon
-from experiments import compare, decoders, methods, sizes, studies, summary, theory
+from experiments import compare, decoders, gap, methods, sizes, studies, summary, theory
 from model import GPT
 from support import kept, results
 from support.errors import UnusableInput
@@ -735,6 +735,11 @@ def test_studies_say_that_only_ranks_matter_to_vbon(compared, capsys):
     assert any(line.split()[:1] == ["16"] and "±" in line for line in lines)
     # what the methods aim at
     assert any(line.startswith("  WIND  ") and len(line.split()) == 6 for line in lines)
+    # where the KL comes from: the parts of vBoN's responses add up to all of them
+    start = next(i for i, line in enumerate(lines) if "of the KL" in line)
+    end = next(i for i, line in enumerate(lines) if "F explains" in line)
+    shares = [float(line.split()[3].rstrip("%")) for line in lines[start + 1:end]]
+    assert sum(shares) == pytest.approx(100, abs=1)
     # reference and three policies at five temperatures
     assert sum(line.split()[:1] in (["reference"], ["vbon"], ["kl-rl"], ["bon-sft"])
                and "%" in line for line in lines) == 20
@@ -748,6 +753,8 @@ def test_policies_of_other_settings_are_left_out(compared, capsys):
     printed = capsys.readouterr().out
     assert printed.count("was made with other settings: it is left out") == 3
     assert "No policies in --out" in printed
+    studies.main([*ARGUMENTS.split(), str(folder), "--study", "gap", "--m", "8"])
+    assert "No vBoN policy in --out" in capsys.readouterr().out
 
 
 def test_a_study_that_is_impossible_stops_no_other(compared, capsys):
@@ -761,25 +768,56 @@ def test_a_study_that_is_impossible_stops_no_other(compared, capsys):
         studies.main(["--quick", "--n", "1", "--out", str(folder), "--study", "scale"])
 
 
-def test_sizes_print_a_row_for_each_size(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sizes, "SIZES", ((1, 16, 2), (2, 32, 2)))
-    sizes.main(["--quick", "--n", "2", "--seed", "0", "1", "--out", str(tmp_path)])
+def test_sizes_print_a_row_for_each_size(tmp_path, capsys):
+    sizes.main(["--quick", "--n", "2", "--seed", "0", "1", "--size", "1x32", "2x64",
+                "--out", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()[-2:]
-    assert [line[:6] for line in lines] == ["1 x 16", "2 x 32"]
-    for line, width, layers in zip(lines, (16, 32), (1, 2)):
+    assert [line[:6] for line in lines] == ["1 x 32", "2 x 64"]
+    for line, width, layers in zip(lines, (32, 64), (1, 2)):
         # in each block, linear layers to 3, 1, 4 and from 4 times the width; and the head
         trained = 4 * (layers * (4 + 2 + 5 + 5) * width + width + 400)
         cells = line[10:].split()
         assert cells[0].replace(",", "") == str(trained)
         assert float(cells[1]) == pytest.approx(0.54 / trained ** 0.5, rel=1e-2)
-    with pytest.raises(UnusableInput, match="want one --n"):
-        sizes.main(["--n", "2", "4"])
+
+
+@pytest.mark.parametrize("given", ["--size 2x60", "--size 0x64", "--size 2x0", "--size 2", "--size x",
+                                   "--size 2x64x2", "--n 2 4"])
+def test_sizes_refuse_what_is_no_model(given, tmp_path):
+    with pytest.raises(UnusableInput, match=given.split()[0]):
+        sizes.main([*given.split(), "--out", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
 
 
 def test_one_study_alone_prepares_nothing(tmp_path, capsys):
     studies.main(["--study", "fault", "--out", str(tmp_path / "new")])
     assert "pessimism" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["fault.png"]
+
+
+def test_the_gap_is_split_by_rank():
+    """A world whose responses are certain: 8 with the probabilities 1/8, rewards 1 to 8."""
+    reward = torch.arange(1.0, 9.0).expand(2, 8)
+    refs = torch.arange(0.5, 8.5, 0.02).expand(2, 400)
+    ref_logprob = torch.full((2, 8), -20.0).double()
+    log_bon = vbon.bon_target(ref_logprob, reward, refs, 4)
+    # right: no part of the KL, and nothing to explain
+    rows, explained = gap.gap_by_rank(log_bon, ref_logprob, reward, refs, 4)
+    assert [row["kl"] for row in rows] == pytest.approx([0] * len(rows))
+    assert explained == pytest.approx(0)
+    assert sum(row["share"] for row in rows) == pytest.approx(1)
+    # too probable by a nat above F = .8, by half a nat below
+    wrong = torch.where(vbon.empirical_cdf(reward, refs) > 0.8, 1.0, 0.5)
+    rows, explained = gap.gap_by_rank(log_bon + wrong, ref_logprob, reward, refs, 4)
+    assert explained == pytest.approx(1)
+    for row in rows:
+        size = 1.0 if row["low"] >= 0.8 else 0.5
+        assert row["policy"] - row["bon"] == pytest.approx(size)
+        assert row["kl"] == pytest.approx(row["share"] * (size - 1 + math.exp(-size)))
+    # noise that has nothing to do with F
+    noise = torch.tensor([1.0, -1.0]).double()[:, None]
+    _, explained = gap.gap_by_rank(log_bon + noise, ref_logprob, reward, refs, 4)
+    assert explained == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("m", [16, 256])
