@@ -12,17 +12,17 @@ EDGES = (0, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 1)      # of F, the share of low
 
 def study(world: train.World, out: Path, n: int, seed: int, made_by: dict) -> None:
     """Print a row for each range of F, for the policy that train.py has left in `out`."""
-    print(f"\nWhere does the KL of vBoN to best of {n} come from?\n")
     policy = find_policy(out, "vbon", n, seed, made_by)
     if policy is None:
-        print("  No vBoN policy in --out; run train.py first.")
+        print("\nNo vBoN policy in --out: run train.py first for the study of the gap.")
         return
     policy = policy.to(world.reference.wte.weight.device)
     found = train.evaluate(policy, world.reference, world.reward, world.held_out.prompt,
                            world.settings.evaluation, "vbon", seed)
     rows, explained = gap_by_rank(found["logprob"], found["ref_logprob"], found["reward"],
                                   world.held_out.reward, n)
-    print(f"{'F':>13}{'responses':>12}{'log π_θ / π_ref':>18}{'log π_bon / π_ref':>20}"
+    print(f"\nWhere does the KL of vBoN to best of {n} come from?\n\n"
+          f"{'F':>13}{'responses':>12}{'log π_θ / π_ref':>18}{'log π_bon / π_ref':>20}"
           f"{'of the KL':>12}")
     for row in rows:
         print(f"  {row['low']:4g} to {row['high']:<4g}{row['share']:11.1%}{row['policy']:17.2f}"

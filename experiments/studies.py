@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
             if args.study is not None:
                 raise
             print(f"\n{name} is left out: {problem}")
-    print(f"\nThe pictures are in {out}/")
+    if not {"m", "fault", "savings"}.isdisjoint(chosen):
+        print(f"\nThe pictures are in {out}/")
 
 
 def study(name: str, args: argparse.Namespace, world: train.World, rows: list[dict], made_by: dict
