@@ -173,18 +173,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--reward", required=True, metavar="FILE.py",
                         help="A Python file that defines reward(prompts, responses).")
     parser.add_argument("--n", type=int, default=4, help="The N of best-of-N. Default: 4.")
-    parser.add_argument("--m", type=int, default=64, help="The number of reference samples for each "
-                        "prompt. Default: 64.")
-    parser.add_argument("--k", type=int, default=8, help="The number of responses to each prompt of "
-                        "an update. Default: 8.")
+    parser.add_argument("--m", type=int, default=64, help="The number of reference samples for "
+                        "each prompt. Default: 64.")
+    parser.add_argument("--k", type=int, default=8, help="The number of responses to each prompt "
+                        "of an update. Default: 8.")
     parser.add_argument("--batch", type=int, default=16, help="The number of prompts in an update. "
                         "Default: 16.")
-    parser.add_argument("--steps", type=int, default=200, help="The number of updates. Default: 200.")
+    parser.add_argument("--steps", type=int, default=200, help="The number of updates. "
+                        "Default: 200.")
     parser.add_argument("--length", type=int, default=24, help="The largest number of tokens in a "
                         "response. Default: 24.")
     parser.add_argument("--seed", type=int, default=0, help="The seed of all random numbers.")
-    parser.add_argument("--out", metavar="DIR", help="The folder for the trained model. Default: it "
-                        "is not kept.")
+    parser.add_argument("--out", metavar="DIR", help="The folder for the trained model. Default: "
+                        "it is not kept.")
     args = parser.parse_args(argv)
     for name, least in (("n", 1), ("m", 1), ("k", 2), ("batch", 1), ("steps", 1), ("length", 1)):
         if getattr(args, name) < least:

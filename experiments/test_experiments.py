@@ -781,8 +781,8 @@ def test_sizes_print_a_row_for_each_size(tmp_path, capsys):
         assert float(cells[1]) == pytest.approx(0.54 / trained ** 0.5, rel=1e-2)
 
 
-@pytest.mark.parametrize("given", ["--size 2x60", "--size 0x64", "--size 2x0", "--size 2", "--size x",
-                                   "--size 2x64x2", "--n 2 4"])
+@pytest.mark.parametrize("given", ["--size 2x60", "--size 0x64", "--size 2x0", "--size 2",
+                                   "--size x", "--size 2x64x2", "--n 2 4"])
 def test_sizes_refuse_what_is_no_model(given, tmp_path):
     with pytest.raises(UnusableInput, match=given.split()[0]):
         sizes.main([*given.split(), "--out", str(tmp_path / "new")])

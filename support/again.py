@@ -62,8 +62,8 @@ def find_run(args: argparse.Namespace) -> tuple[int, int] | None:
     kept = any((Path(args.out) / "cache").glob("*.pt"))
     if set(args.given) <= {"--sample", "--out"} and not kept:
         # to train for minutes is not what this command looks like
-        raise UnusableInput(f"--sample: {args.out} holds no finished run; name its folder by --out, "
-                            f"or add the flags of a run, such as --n 4")
+        raise UnusableInput(f"--sample: {args.out} holds no finished run; name its folder by "
+                            f"--out, or add the flags of a run, such as --n 4")
     return None
 
 

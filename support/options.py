@@ -67,8 +67,9 @@ def make_parser(description: str, several: bool = False) -> argparse.ArgumentPar
     inputs.add_argument("--prompt-tokens", type=int, metavar="T", help="The number of tokens at "
                         "the start of each text that form its prompt. Default: 4.")
     inputs.add_argument("--length", type=int, metavar="L", help="The largest number of tokens in a "
-                        "response; all costs grow with it. Default: 24 for the built-in text; with "
-                        "--data, the length at which at most a tenth of the texts is cut, up to 64.")
+                        "response; all costs grow with it. Default: 24 for the built-in text; "
+                        "with --data, the length at which at most a tenth of the texts is cut, up "
+                        "to 64.")
 
     run = parser.add_argument_group("the run")
     run.add_argument("--sample", metavar="TEXT", help="Print responses of the reference, of "

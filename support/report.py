@@ -52,7 +52,8 @@ def print_table(rows: list[dict], ref_rewards: Tensor, length: int) -> None:
     if ties > 0.01:
         print(f"\nIn {ties:.0%} of all pairs of reference responses, both have the same reward.")
     print("\nKLs in nats per response; ± is the standard error over prompts. vBoN succeeded if "
-          "its\nrow is near the row of best-of-N, and its KL to BoN near 0, with 1 sample a response.")
+          "its\nrow is near the row of best-of-N, and its KL to BoN near 0, with 1 sample a "
+          "response.")
     if max(row["cut"] for row in rows) > 0.01:
         cells = [f"{title(row['method'], row['n'])} {row['cut']:.0%}" for row in rows]
         print(f"Responses that do not end within {length} tokens, but are cut: {', '.join(cells)}.")
@@ -126,8 +127,8 @@ def samples_file(text: str, rows: list[dict], prompts: int) -> str:
     """Return the content of samples.txt: what the numbers are, samples, and the mean rewards."""
     n = rows[1]["n"]
     means = ", ".join(f"{title(row['method'], n)} {row['reward']:.3g}" for row in rows)
-    return (f"The number before a response is its reward. Of best of {n}, the best of {n} responses "
-            f"is shown.\n\n{text}\nMean reward over all {prompts} held-out prompts: {means}\n")
+    return (f"The number before a response is its reward. Of best of {n}, the best of {n} "
+            f"responses is shown.\n\n{text}\nMean reward over all {prompts} held-out prompts: {means}\n")
 
 
 def one_line(text: str) -> str:
