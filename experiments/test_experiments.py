@@ -820,6 +820,18 @@ def test_the_gap_is_split_by_rank():
     assert explained == pytest.approx(0, abs=1e-12)
 
 
+def test_the_gap_counts_each_rank_once():
+    """Nine reference rewards: F is .1, .2, ..., 1, and an upper edge belongs to its range."""
+    refs = torch.arange(1.0, 10.0)[None]
+    reward = torch.arange(0.5, 10.0)[None]
+    logprob = torch.linspace(-20, -18, 10)[None]
+    rows, _ = gap.gap_by_rank(logprob, logprob - 1, reward, refs, 2)
+    found = [(row["low"], row["high"], round(10 * row["share"])) for row in rows]
+    assert found == [(0, 0.1, 1), (0.1, 0.2, 1), (0.2, 0.4, 2), (0.4, 0.6, 2), (0.6, 0.8, 2),
+                     (0.8, 0.9, 1), (0.95, 1, 1)]
+    assert all(row["policy"] == pytest.approx(1) for row in rows)
+
+
 @pytest.mark.parametrize("m", [16, 256])
 def test_errors_of_the_cdf_are_within_their_bound(m):
     found = studies.error_of_cdf(m, 2000)
