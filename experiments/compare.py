@@ -21,7 +21,7 @@ import vbon
 from experiments import decoders, methods, summary, theory
 from model import GPT
 from support import code, options, report, results
-from support.errors import UnusableInput
+from support.errors import UnusableInput, read_json
 from support.files import write_whole
 from support.inputs import read_inputs
 from support.kept import keep, rebuild_model
@@ -106,6 +106,18 @@ def policy_folder(out: Path, method: str, n: int, seed: int, beta: float | None 
     if method == "kl-rl" and beta is not None:
         return out / f"policy-kl-rl-beta{beta:g}-seed{seed}"
     return out / f"policy-{method}-n{n}-seed{seed}"
+
+
+def find_policy(out: Path, method: str, n: int, seed: int, made_by: dict) -> GPT | None:
+    """Return the policy that an earlier run with the same settings has left in `out`, if any."""
+    folder = policy_folder(out, method, n, seed)
+    if not (folder / "settings.json").is_file():
+        return None
+    settings = read_json(folder / "settings.json")
+    if any(settings.get(key) != value for key, value in made_by.items()):
+        print(f"  {folder} was made with other settings: it is left out")
+        return None
+    return GPT.from_pretrained(folder)
 
 
 def all_folders(args: argparse.Namespace, out: Path) -> list[Path]:
@@ -252,9 +264,7 @@ def measure_policies(out: Path, world: train.World, policies: list[Policy], n: i
     rewards = []
     for policy in policies:
         name = policy.method
-        evaluated = keep(out / "cache", f"evaluation-{name}-n{n}-seed{seed}", train.evaluate,
-                         policy.model, world.reference, world.reward, world.held_out.prompt,
-                         settings.evaluation, name, seed)
+        evaluated = evaluate_policy(out, name, policy.model, world, n, settings, seed)
         row = train.policy_row(name, world, evaluated, n, policy.seconds)
         row = row | decoded(evaluated["reward"], world, n)
         row = row | {"seed": seed, "beta": policy.beta} | made_by
@@ -263,6 +273,14 @@ def measure_policies(out: Path, world: train.World, policies: list[Policy], n: i
         rows.append(row)
         rewards.append(evaluated["reward"])
     return rows, rewards
+
+
+def evaluate_policy(out: Path, name: str, model: GPT, world: train.World, n: int,
+                    settings: train.Settings, seed: int) -> dict:
+    """Return what train.evaluate does, from the cache if it is there."""
+    return keep(out / "cache", f"evaluation-{name}-n{n}-seed{seed}", train.evaluate, model,
+                world.reference, world.reward, world.held_out.prompt, settings.evaluation,
+                name, seed)
 
 
 def mark() -> dict[str, str]:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 import train
 import vbon
-from experiments.temperature import find_policy
+from experiments.compare import evaluate_policy, find_policy
 
 EDGES = (0, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 1)      # of F, the share of lower rewards
 
@@ -17,8 +17,7 @@ def study(world: train.World, out: Path, n: int, seed: int, made_by: dict) -> No
         print("\nNo vBoN policy in --out: run train.py first for the study of the gap.")
         return
     policy = policy.to(world.reference.wte.weight.device)
-    found = train.evaluate(policy, world.reference, world.reward, world.held_out.prompt,
-                           world.settings.evaluation, "vbon", seed)
+    found = evaluate_policy(out, "vbon", policy, world, n, world.settings, seed)
     rows, explained = gap_by_rank(found["logprob"], found["ref_logprob"], found["reward"],
                                   world.held_out.reward, n)
     print(f"\nWhere does the KL of vBoN to best of {n} come from?\n\n"
@@ -42,7 +41,9 @@ def gap_by_rank(logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_reward
     cdf = vbon.empirical_cdf(reward, ref_rewards)
     ref_logprob = ref_logprob.double()
     log_bon = vbon.bon_target(ref_logprob, reward, ref_rewards, n)
-    difference = logprob.double() - log_bon
+    log_policy_ratio = logprob.double() - ref_logprob
+    log_bon_ratio = log_bon - ref_logprob
+    difference = log_policy_ratio - log_bon_ratio
     # E[difference] is the KL. E[π_bon/π_θ - 1] is 0; with it, no response counts less than 0.
     part = difference + (-difference).exp() - 1
     rows = []
@@ -56,8 +57,8 @@ def gap_by_rank(logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_reward
             "low": low,
             "high": high,
             "share": share,
-            "policy": (logprob.double() - ref_logprob)[inside].mean().item(),
-            "bon": (log_bon - ref_logprob)[inside].mean().item(),
+            "policy": log_policy_ratio[inside].mean().item(),
+            "bon": log_bon_ratio[inside].mean().item(),
             "kl": share * part[inside].mean().item(),
         })
         between += share * (difference[inside].mean() - difference.mean()).square().item()

@@ -62,14 +62,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_size(text: str) -> tuple[int, int]:
     """Return layers and width of "4x128". Raises UnusableInput for sizes that no model has."""
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
-    if found is not None:
-        layers = int(found[1])
-        width = int(found[2])
-        if layers >= 1 and width >= 1 and width % HEAD_WIDTH == 0:
-            return layers, width
-    raise UnusableInput(f"--size {text}: want layers x width, such as 4x128; the width is a "
-                        f"multiple of {HEAD_WIDTH}")
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None or int(found[2]) % HEAD_WIDTH != 0:
+        raise UnusableInput(f"--size {text}: want layers x width, such as 4x128; the width is a "
+                            f"multiple of {HEAD_WIDTH}")
+    return int(found[1]), int(found[2])
 
 
 def fine_tune_and_measure(args: argparse.Namespace, inputs: Inputs, world: train.World, n: int,

@@ -39,6 +39,7 @@ from support.inputs import read_inputs
 from support.settings import check_settings, choose_settings
 
 STUDIES = ("aims", "scale", "bound", "m", "fault", "savings", "temperature", "gap")
+WITH_PICTURES = {"m", "fault", "savings"}
 
 # ------------------------------------------------------------------------------------- the main job
 
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.study is not None:
                 raise
             print(f"\n{name} is left out: {problem}")
-    if not {"m", "fault", "savings"}.isdisjoint(chosen):
+    if not WITH_PICTURES.isdisjoint(chosen):
         print(f"\nThe pictures are in {out}/")
 
 

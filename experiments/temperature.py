@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 import vbon
-from experiments.compare import policy_folder
+from experiments.compare import find_policy
 from model import GPT
-from support.errors import read_json
 from support.sampling import compute_rewards, sample_responses
 from support.statistics import mean_and_error
 from train import World
@@ -24,18 +23,6 @@ def cooled(model: GPT, temperature: float) -> GPT:
     with torch.no_grad():
         model.lm_head.weight /= temperature
     return model
-
-
-def find_policy(out: Path, method: str, n: int, seed: int, made_by: dict) -> GPT | None:
-    """Return the policy that an earlier run with the same settings has left in `out`, if any."""
-    folder = policy_folder(out, method, n, seed)
-    if not (folder / "settings.json").is_file():
-        return None
-    settings = read_json(folder / "settings.json")
-    if any(settings.get(key) != value for key, value in made_by.items()):
-        print(f"  {folder} was made with other settings: it is left out")
-        return None
-    return GPT.from_pretrained(folder)
 
 
 def study(world: World, out: Path, n: int, seed: int, made_by: dict, k: int = 64) -> None:

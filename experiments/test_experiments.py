@@ -796,7 +796,7 @@ def test_one_study_alone_prepares_nothing(tmp_path, capsys):
 
 
 def test_the_gap_is_split_by_rank():
-    """A world whose responses are certain: 8 with the probabilities 1/8, rewards 1 to 8."""
+    """Rewards 1 to 8, among 400 reference rewards that are spread evenly."""
     reward = torch.arange(1.0, 9.0).expand(2, 8)
     refs = torch.arange(0.5, 8.5, 0.02).expand(2, 400)
     ref_logprob = torch.full((2, 8), -20.0).double()

@@ -128,7 +128,8 @@ def samples_file(text: str, rows: list[dict], prompts: int) -> str:
     n = rows[1]["n"]
     means = ", ".join(f"{title(row['method'], n)} {row['reward']:.3g}" for row in rows)
     return (f"The number before a response is its reward. Of best of {n}, the best of {n} "
-            f"responses is shown.\n\n{text}\nMean reward over all {prompts} held-out prompts: {means}\n")
+            f"responses is shown.\n\n{text}\n"
+            f"Mean reward over all {prompts} held-out prompts: {means}\n")
 
 
 def one_line(text: str) -> str:
