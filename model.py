@@ -9,7 +9,6 @@ Left out, and why that is safe: dropout, since training is short; top-k and temp
 policy must be sampled from exactly the distribution that its log-probabilities describe.
 """
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as functional
@@ -244,19 +243,6 @@ class GPT(nn.Module):
         states = self.states(tokens[:, :-1])[:, prompt.shape[1] - 1:]     # (P·K, L, C)
         mask = response_mask(each_response, self.eot)
         return self.lm_head(states[mask]), mask
-
-    # ----------------------------------------------------------------- files of other libraries
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path) -> "GPT":
-        """Load OpenAI's weights by name ("gpt2", "gpt2-medium", ...), or a Hugging Face folder."""
-        from support import huggingface
-        return huggingface.load_model(source)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors of a Hugging Face folder."""
-        from support import huggingface
-        huggingface.save_model(self, folder)
 
 
 def prompts_at_a_time(model: GPT, k: int, length: int) -> int:

@@ -20,8 +20,9 @@ import train
 import vbon
 from experiments import decoders, methods, summary, theory
 from model import GPT
+from support.huggingface import load_model
 from support import code, options, report, results
-from support.errors import UnusableInput, read_json
+from support.files import UnusableInput, read_json
 from support.files import write_whole
 from support.inputs import read_inputs
 from support.kept import keep, rebuild_model
@@ -117,7 +118,7 @@ def find_policy(out: Path, method: str, n: int, seed: int, made_by: dict) -> GPT
     if any(settings.get(key) != value for key, value in made_by.items()):
         print(f"  {folder} was made with other settings: it is left out")
         return None
-    return GPT.from_pretrained(folder)
+    return load_model(folder)
 
 
 def all_folders(args: argparse.Namespace, out: Path) -> list[Path]:

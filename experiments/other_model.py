@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import vbon
 from support import options
-from support.errors import UnusableInput, read_text
+from support.files import UnusableInput, read_text
 from support.own_reward import RewardFile
 from support.seeding import seeded_generator
 

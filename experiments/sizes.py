@@ -18,7 +18,7 @@ from experiments import compare
 from experiments.summary import mean_and_spread, with_error
 from model import GPT, add_adapters
 from support import options, results
-from support.errors import UnusableInput
+from support.files import UnusableInput
 from support.inputs import Inputs, read_inputs
 from support.settings import check_settings, choose_settings
 

@@ -26,6 +26,7 @@ from torch import Tensor
 import train
 from experiments.studies import prepare_update
 from model import GPT
+from support.huggingface import save_model
 from support.announce import matmul_speed, operations
 from support.reviews import builtin_reviews
 from support.text import Text
@@ -141,7 +142,7 @@ def time_sampling(size: tuple, repeats: int, device: torch.device
     generator = torch.Generator(device).manual_seed(0)
     model = GPT(vocab, TOKENS, layers, heads, width, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        save_model(model, folder)
         other = AutoModelForCausalLM.from_pretrained(folder).eval().to(device)
     model = model.to(device)
     prompt = torch.randint(vocab - 1, (responses // TUNING.k, SETTINGS.text.prompt_tokens),
@@ -191,7 +192,7 @@ def time_rloo(folder: Path, repeats: int) -> list[float]:
     model = GPT(encoding.n_vocab, TOKENS, *SMALL[:1], SMALL[2], SMALL[1],
                 generator=torch.Generator().manual_seed(0))
     prompt = encode(encoding, texts[:TUNING.batch], SETTINGS.text.prompt_tokens)
-    model.save_pretrained(folder)
+    save_model(model, folder)
     save_tokenizer(encoding, folder)
     prompts = [encoding.decode(ids) for ids in prompt.tolist()]
     began = []

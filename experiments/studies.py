@@ -34,7 +34,7 @@ from experiments.summary import mean_and_spread, title, with_error
 from model import GPT, add_adapters
 from support import options, report, results
 from support.announce import count_weights
-from support.errors import UnusableInput
+from support.files import UnusableInput
 from support.inputs import read_inputs
 from support.settings import check_settings, choose_settings
 

@@ -17,8 +17,9 @@ import train
 import vbon
 from experiments import compare, decoders, gap, methods, sizes, studies, summary, theory
 from model import GPT
+from support.huggingface import load_model
 from support import kept, results
-from support.errors import UnusableInput
+from support.files import UnusableInput
 
 ROOT = Path(__file__).parent.parent
 TIED = torch.tensor([[2.0, -1.0, 2.0, 3.0, -1.0, -1.0], [1.0, 2.0, 3.0, 4.0, 5.0, 60.0]]).double()
@@ -692,7 +693,7 @@ def test_comparison_leaves_each_model_as_a_folder(compared):
         assert settings == {key: row[key] for key in row if key not in results.METRICS}
         stage = f"policy-{row['method']}-*-seed{row['seed']}-*.pt"
         stored = [kept.load(path)["weights"] for path in (folder / "cache").glob(stage)]
-        head = GPT.from_pretrained(folder / name).lm_head.weight
+        head = load_model(folder / name).lm_head.weight
         assert any(torch.equal(head, weights["lm_head.weight"]) for weights in stored)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import vbon
 from support import code
-from support.errors import UnusableInput
+from support.files import UnusableInput
 
 code.read_source(__file__)
 

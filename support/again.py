@@ -12,7 +12,8 @@ import torch
 
 from model import GPT
 from reward import Classifier
-from support.errors import UnusableInput, read_json
+from support.huggingface import load_model
+from support.files import UnusableInput, read_json
 from support.inputs import Inputs, encode_prompt
 from support.kept import load, save
 from support.own_reward import OwnReward, RewardFile
@@ -76,8 +77,8 @@ def sample_again(args: argparse.Namespace, n: int, seed: int, device: torch.devi
                             f"run, and it is made again")
     folder = out / f"policy-n{n}-seed{seed}"
     encoding = pretrained_encoding(folder)
-    policy = GPT.from_pretrained(folder).to(device)
-    reference = GPT.from_pretrained(out / f"reference-seed{seed}").to(device)
+    policy = load_model(folder).to(device)
+    reference = load_model(out / f"reference-seed{seed}").to(device)
     prompt = encode_prompt(args.sample, encoding, policy.config["block_size"])
     reward_fn = _reward(kept, encoding, out / "cache", device)
     models = name_models(n, reference, policy)

@@ -13,7 +13,7 @@ import sys
 import types
 from pathlib import Path
 
-from support.errors import UnusableInput
+from support.files import UnusableInput
 
 _sources = {}                                           # absolute path -> source, as imported
 _specs = {}                                             # name of a module -> its __spec__ then

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from support.code import code_of_function, code_of_module
-from support.errors import UnusableInput
+from support.files import UnusableInput
 
 
 def digest(*parts: object) -> str:

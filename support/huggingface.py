@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model import ACTIVATIONS, GPT
-from support.errors import UnusableInput, read_json
+from support.files import UnusableInput, read_json
 
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 DOWNLOAD = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"

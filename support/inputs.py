@@ -10,9 +10,9 @@ from torch import Tensor
 from model import GPT
 from support import processes
 from support.digest import digest
-from support.errors import UnusableInput
+from support.files import UnusableInput
 from support.files import check_writable
-from support.huggingface import PRETRAINED
+from support.huggingface import load_model, PRETRAINED
 from support.options import check_arguments
 from support.own_reward import RewardFile, hidden_neighbours
 from support.results import check_folders, read_results
@@ -71,7 +71,7 @@ def load_pretrained(init: str | None) -> Pretrained | None:
         return None
     if init not in PRETRAINED and not Path(init).is_dir():
         raise UnusableInput(f"--init {init}: no such folder, and none of {', '.join(PRETRAINED)}")
-    model = GPT.from_pretrained(init)
+    model = load_model(init)
     encoding = pretrained_encoding(init)
     tokens = model.config["vocab_size"]
     if tokens != encoding.n_vocab:

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from support.errors import UnusableInput
+from support.files import UnusableInput
 
 
 class Parser(argparse.ArgumentParser):

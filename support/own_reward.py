@@ -18,7 +18,7 @@ from torch import Tensor
 
 from support.code import code_of_module, read_source, syntax
 from support.digest import digest
-from support.errors import UnusableInput
+from support.files import UnusableInput
 from support.journal import Journal
 from support.tokenizer import decode
 

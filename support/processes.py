@@ -14,7 +14,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from support.errors import UnusableInput
+from support.files import UnusableInput
 
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

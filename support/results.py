@@ -9,9 +9,9 @@ import tiktoken
 from model import GPT
 from support.code import code_of_module
 from support.digest import digest, weights
-from support.errors import UnusableInput, read_json
+from support.files import UnusableInput, read_json
 from support.files import lock, replace_folder, write_whole
-from support.huggingface import save_generation_config
+from support.huggingface import save_generation_config, save_model
 from support.processes import rank
 from support.tokenizer import save_tokenizer
 
@@ -122,7 +122,7 @@ def export_model(folder: Path, model: GPT, encoding: tiktoken.Encoding, row: dic
     out = folder.parent
     folder = folder.resolve()                           # it may be a link to another disk
     new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
-    model.save_pretrained(new)
+    save_model(model, new)
     save_tokenizer(encoding, new, model.config["block_size"])
     save_generation_config(new, model, row["prompt_tokens"] + row["length"])
     settings = settings_of(row) | {"weights": digest(weights(model))} | (paths or {})

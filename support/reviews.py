@@ -4,7 +4,7 @@ import random
 import re
 from pathlib import Path
 
-from support.errors import UnusableInput, read_text
+from support.files import UnusableInput, read_text
 
 Review = tuple[str, int]                                # text, label: 1 positive, 0 negative
 

@@ -2,7 +2,7 @@
 import argparse
 import dataclasses
 
-from support.errors import UnusableInput
+from support.files import UnusableInput
 from support.inputs import Inputs
 from support.processes import world_size
 

@@ -6,7 +6,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from support.errors import UnusableInput
+from support.files import UnusableInput
 from support.inputs import Inputs
 from support.reviews import builtin_reviews
 from support.tokenizer import pad, train_tokenizer

@@ -10,7 +10,7 @@ import torch
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
-from support.errors import UnusableInput, read_json, read_text
+from support.files import UnusableInput, read_json, read_text
 from support.huggingface import PRETRAINED
 
 END = "<|endoftext|>"

@@ -15,7 +15,7 @@ import pytest
 from running import HERE, read_rows, run
 
 from support import files, options, processes
-from support.errors import UnusableInput
+from support.files import UnusableInput
 from support.results import KEYS
 
 

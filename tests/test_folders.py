@@ -6,6 +6,7 @@ import torch
 from running import read_rows, run
 
 from model import GPT
+from support.huggingface import load_model
 from support.digest import digest, weights
 from support.kept import load
 from support.results import METRICS
@@ -32,7 +33,7 @@ def test_both_models_are_left_with_their_settings(finished_run):
         named = content.pop("weights")
         assert content.pop("given") == {"data": None, "reward": None, "init": None}
         assert content == {key: row[key] for key in row if key not in METRICS}
-        kept[name] = GPT.from_pretrained(folder)
+        kept[name] = load_model(folder)
         assert named == digest(weights(kept[name]))
         assert pretrained_encoding(folder).n_vocab == kept[name].config["vocab_size"]
     # the folders hold what the stages hold
@@ -70,8 +71,8 @@ def test_a_second_round_starts_from_the_first(copied_run):
     args = ("--quick", "--n", 2, "--init", POLICY, "--lm-steps", 0, "--out", "second")
     status, _, error = run(*args, cwd=copied_run)
     assert (status, error) == (0, "")
-    first = GPT.from_pretrained(copied_run / POLICY).state_dict()
-    second = GPT.from_pretrained(copied_run / "second" / "reference-seed0").state_dict()
+    first = load_model(copied_run / POLICY).state_dict()
+    second = load_model(copied_run / "second" / "reference-seed0").state_dict()
     for key, x in first.items():
         assert torch.equal(x, second[key]), key
     # the lines of the second round name the first

@@ -14,8 +14,8 @@ from test_tokenizer import write_vocabulary
 
 from model import GPT
 from support import huggingface
-from support.errors import UnusableInput
-from support.huggingface import download, read_config
+from support.files import UnusableInput
+from support.huggingface import download, load_model, read_config, save_model
 from support.inputs import load_pretrained
 
 # -------------------------------------------------------------------------------- GPT-2's own files
@@ -116,7 +116,7 @@ def with_prefix_and_masks(weights):
 
 def logits_of(folder):
     with torch.no_grad():
-        return GPT.from_pretrained(folder)(torch.tensor([TOKENS]))[0].numpy()
+        return load_model(folder)(torch.tensor([TOKENS]))[0].numpy()
 
 
 @pytest.mark.parametrize("write", [write_one, write_shards, write_bin])
@@ -153,7 +153,7 @@ def test_half_precision_is_read(tmp_path):
     weights = {name: x.half() for name, x in gpt2_weights().items()}
     write_config(tmp_path)
     write_safetensors(tmp_path / "model.safetensors", weights, "F16")
-    loaded = GPT.from_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
     assert torch.equal(loaded.wte.weight, weights["wte.weight"].float())
 
 
@@ -161,9 +161,9 @@ def test_half_precision_is_read(tmp_path):
 def test_a_saved_model_comes_back_to_the_last_bit(tmp_path, tied):
     model = small_gpt(tied)
     folder = tmp_path / "a" / "b"                        # they are made
-    GPT(3, 1, n_head=1, n_embd=2).save_pretrained(folder)
-    model.save_pretrained(folder)                       # takes the place of the other one
-    again = GPT.from_pretrained(str(folder))
+    save_model(GPT(3, 1, n_head=1, n_embd=2), folder)
+    save_model(model, folder)                       # takes the place of the other one
+    again = load_model(str(folder))
     assert again.config == model.config
     assert (again.lm_head.weight is again.wte.weight) == tied
     for name, x in model.state_dict().items():
@@ -178,7 +178,7 @@ NAME = "h.1.mlp.c_fc.weight"
 def refusal(folder):
     """The message with which a folder is refused."""
     with pytest.raises(UnusableInput) as refused:
-        GPT.from_pretrained(folder)
+        load_model(folder)
     message = str(refused.value)
     assert str(folder) in message
     assert "\n" not in message
@@ -372,8 +372,8 @@ def test_openais_files_are_downloaded_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface, "download", fetch)
     monkeypatch.setattr(torch.hub, "get_dir", functools.partial(str, tmp_path))
-    assert GPT.from_pretrained("gpt2").config["n_layer"] == 3
-    assert GPT.from_pretrained("gpt2").config["n_layer"] == 3
+    assert load_model("gpt2").config["n_layer"] == 3
+    assert load_model("gpt2").config["n_layer"] == 3
     assert [url.rsplit("/", 1)[1] for url in asked] == ["config.json", "model.safetensors"]
 
 
@@ -391,14 +391,14 @@ def test_the_usual_inner_width_is_accepted(tmp_path):
 def test_a_folder_for_downloads_that_cannot_be_made_is_said(monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "/proc/nowhere")
     with pytest.raises(UnusableInput, match="/proc/nowhere/vbon/gpt2: .*; set TORCH_HOME"):
-        GPT.from_pretrained("gpt2")
+        load_model("gpt2")
 
 
 def test_logits_that_are_not_finite_are_refused_before_any_work(tmp_path):
     model = GPT(258, 12, n_embd=16, n_head=2)
     for block in model.h:
         block.mlp.c_fc.weight.data.fill_(1e30)
-    model.save_pretrained(tmp_path)
+    save_model(model, tmp_path)
     write_vocabulary(tmp_path, "ab")
     with pytest.raises(UnusableInput, match="the logits of this model are not finite"):
         load_pretrained(str(tmp_path))

@@ -10,8 +10,9 @@ from test_tokenizer import write_vocabulary
 
 import train
 from model import GPT
+from support.huggingface import save_model
 from support import kept, options
-from support.errors import UnusableInput
+from support.files import UnusableInput
 from support.inputs import encode_prompt
 from support.reviews import builtin_reviews
 from support.tokenizer import train_tokenizer
@@ -28,7 +29,7 @@ def write_reviews(folder, count):
 def write_gpt2(folder, tokens, positions=12):
     """A small GPT-2 of so many tokens, with a vocabulary of 258."""
     model = GPT(tokens, positions, n_embd=16, n_head=2, generator=torch.Generator().manual_seed(0))
-    model.save_pretrained(folder)
+    save_model(model, folder)
     write_vocabulary(folder, "ab")
     return model
 

@@ -17,7 +17,7 @@ import torch
 from running import HERE, read_rows, run
 
 from support.announce import announce_rewards
-from support.errors import UnusableInput
+from support.files import UnusableInput
 from support.own_reward import OwnReward, RewardFile, try_reward
 from support.journal import Journal
 from support.results import ALWAYS

@@ -8,7 +8,7 @@ import torch
 from running import HERE, read_rows, run
 
 from support import kept, processes
-from support.errors import UnusableInput
+from support.files import UnusableInput
 from support.results import ALWAYS
 
 SAMPLES = ("samples-training", "samples-held-out", "samples-draws")

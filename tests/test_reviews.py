@@ -5,7 +5,7 @@ import os
 import pytest
 
 from support import reviews as reviews_file
-from support.errors import UnusableInput
+from support.files import UnusableInput
 from support.reviews import builtin_reviews, load_reviews
 
 # --------------------------------------------------------------------------------- built-in reviews

@@ -4,7 +4,7 @@ import torch
 
 import train
 from model import GPT, prompts_at_a_time
-from support.errors import UnusableInput
+from support.files import UnusableInput
 from support.inputs import Inputs, Pretrained
 from support.options import make_parser
 from support.settings import check_settings, choose_settings

@@ -4,7 +4,7 @@ import json
 import pytest
 import tiktoken._educational
 
-from support.errors import UnusableInput
+from support.files import UnusableInput
 from support.reviews import builtin_reviews
 from support.tokenizer import (PATTERN, decode, encode, make_encoding, pretrained_encoding,
                                save_tokenizer, train_tokenizer)

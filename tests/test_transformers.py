@@ -6,6 +6,7 @@ import torch
 from running import run
 
 from model import GPT, response_mask
+from support.huggingface import load_model, save_model
 from support import results
 from support.tokenizer import pretrained_encoding, train_tokenizer
 
@@ -30,7 +31,7 @@ def test_transformers_loads_what_a_run_leaves(name, finished_run):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     encoding = pretrained_encoding(folder)
-    ours = GPT.from_pretrained(folder)
+    ours = load_model(folder)
     for text in odd_strings(100):
         assert tokenizer.encode(text, add_special_tokens=False) == encoding.encode_ordinary(text)
     generator = torch.Generator().manual_seed(0)
@@ -129,10 +130,10 @@ def test_the_pipeline_runs_for_twenty_prompts(varied):
 def test_what_transformers_saves_is_a_model_to_start_from(finished_run, tmp_path):
     first = finished_run / "out" / "policy-n2-seed0"
     folder = tmp_path / "theirs"
-    transformers.AutoModelForCausalLM.from_pretrained(first).save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(first).save_pretrained(folder)
-    weights = GPT.from_pretrained(folder).state_dict()
-    for key, x in GPT.from_pretrained(first).state_dict().items():
+    save_model(transformers.AutoModelForCausalLM.from_pretrained(first), folder)
+    save_model(transformers.AutoTokenizer.from_pretrained(first), folder)
+    weights = load_model(folder).state_dict()
+    for key, x in load_model(first).state_dict().items():
         assert torch.equal(weights[key], x), key
     args = ("--quick", "--n", 2, "--init", "theirs", "--lm-steps", 0)
     status, _, error = run(*args, cwd=tmp_path)

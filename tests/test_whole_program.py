@@ -12,6 +12,7 @@ import torch
 
 import vbon
 from model import GPT
+from support.huggingface import load_model, save_model
 from running import read_rows, run
 
 REWARD = """
@@ -41,7 +42,7 @@ def write_world(folder):
         model.ln_f.bias[0] = 1
         model.lm_head.weight[:, 0] = -60
         model.lm_head.weight[LETTERS, 0] = 0
-    model.save_pretrained(folder / "world")
+    save_model(model, folder / "world")
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
     vocabulary = {chr(b): b for b in printable}
@@ -101,8 +102,8 @@ def world(tmp_path_factory):
     assert (status, error) == (0, "")
     # the held-out prompts are a quarter of the 26 first letters
     text = (folder / "out" / "held-out-prompts-seed0.jsonl").read_text(encoding="utf-8")
-    reference = GPT.from_pretrained(folder / "world")
-    policy = GPT.from_pretrained(folder / "out" / f"policy-n{n}-seed0")
+    reference = load_model(folder / "world")
+    policy = load_model(folder / "out" / f"policy-n{n}-seed0")
     prompts = [json.loads(line)["prompt"] for line in text.splitlines()]
     _, reward = all_responses()
     exact = {"ref": [], "bon": [], "vbon": []}
