@@ -2,8 +2,7 @@
 
 The network is GPT-2's (Radford et al. 2019): pre-norm blocks, learned positions, GELU. Parameters
 have GPT-2's own names, so its published weights load by name. After the network come the two
-methods that vBoN needs, `GPT.sample` and `GPT.logprob`; the adapters that fine-tuning trains; and
-the loss of a language model.
+methods that vBoN needs, `GPT.sample` and `GPT.logprob`, and the adapters that fine-tuning trains.
 
 Left out, and why that is safe: dropout, since training is short; top-k and temperature, since a
 policy must be sampled from exactly the distribution that its log-probabilities describe.
@@ -13,7 +12,6 @@ import math
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 # -------------------------------------------------------------------------------------- the network
 
@@ -24,7 +22,6 @@ ACTIVATIONS = {
     "relu": nn.ReLU(),
     "silu": nn.SiLU(),
 }
-CACHE_BYTES = 2 ** 32                               # 4 GiB for the keys and values of `sample`
 
 
 class Attention(nn.Module):
@@ -171,29 +168,10 @@ class GPT(nn.Module):
     # ----------------------------------------------------------------- what vBoN needs of a model
 
     @torch.no_grad()
-    @parametrize.cached()             # with adapters (below): compute W + B A once, not each time
     def sample(self, prompt: Tensor, k: int, length: int,
                generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Sample k responses to each prompt (P, T): token ids (P, k, length), and their
-        log-probabilities (P, k) in nats.
-
-        All prompts are sampled together, unless their cache would need more than `CACHE_BYTES`.
-        """
-        # a key and a value of n_embd numbers, 4 bytes each, for each token in each block
-        per_token = 2 * self.config["n_embd"] * 4 * self.config["n_layer"]
-        per_prompt = per_token * k * (prompt.shape[1] + length)
-        size = max(1, CACHE_BYTES // per_prompt)
-        response = []
-        logprob = []
-        for x in prompt.split(size):
-            y, log_p = self._sample_together(x, k, length, generator)
-            response.append(y)
-            logprob.append(log_p)
-        return torch.cat(response), torch.cat(logprob)
-
-    def _sample_together(self, prompt: Tensor, k: int, length: int,
-                         generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """As `sample`, for prompts that fit into memory together."""
+        log-probabilities (P, k) in nats. Positions after the end hold end-of-text."""
         tokens = prompt.repeat_interleave(k, 0)                           # (P·k, T)
         response = tokens.new_full((len(tokens), length), self.eot)
         logprob = torch.zeros(len(tokens), device=prompt.device, dtype=sum_dtype(prompt.device))
@@ -311,21 +289,26 @@ def token_kl(policy: GPT, reference: GPT, prompt: Tensor, response: Tensor) -> T
 # ------------------------------------------------------------------ adapters, for fine-tuning
 
 class LowRank(nn.Module):
-    """LoRA (arXiv 2106.09685): a weight W becomes W + B A, where B A has the rank `rank`.
+    """LoRA (arXiv 2106.09685): a linear layer whose weight W becomes W + B A, of rank `rank`.
 
-    B starts at 0, so the policy starts as the reference.
+    W is frozen; A and B are trained. B starts at 0, so the policy starts as the reference.
     """
 
-    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator):
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
         super().__init__()
-        rows, columns = weight.shape
+        self.linear = linear
+        rows, columns = linear.weight.shape
         a = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
-        self.a = nn.Parameter(a.to(weight))
-        self.b = nn.Parameter(weight.new_zeros(rows, rank))
+        self.a = nn.Parameter(a.to(linear.weight))
+        self.b = nn.Parameter(linear.weight.new_zeros(rows, rank))
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """W -> W + B A, of the same shape."""
-        return weight + self.b @ self.a
+    def weight(self) -> Tensor:
+        """Return W + B A."""
+        return self.linear.weight + self.b @ self.a
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., columns) -> (..., rows), as the linear layer."""
+        return functional.linear(x, self.weight(), self.linear.bias)
 
 
 def add_adapters(model: nn.Module, rank: int, generator: torch.Generator) -> list[nn.Parameter]:
@@ -338,29 +321,23 @@ def add_adapters(model: nn.Module, rank: int, generator: torch.Generator) -> lis
         raise ValueError("the head shares its weights with the embedding: call untie_head first")
     model.requires_grad_(False)
     trained = []
-    for module in list(model.modules()):
+    for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
-            adapter = LowRank(module.weight, rank, generator)
-            parametrize.register_parametrization(module, "weight", adapter)
+            adapter = LowRank(module, rank, generator)
+            _replace(model, name, adapter)
             trained += [adapter.a, adapter.b]
     return trained
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Replace each weight W by W + B A, and remove the adapters."""
-    for module in list(model.modules()):
-        if parametrize.is_parametrized(module, "weight"):
-            weight = module.weight.detach().clone()
-            # by hand: remove_parametrizations would change a class that copies of the model share
-            module.__class__ = parametrize.type_before_parametrizations(module)
-            del module.parametrizations
-            module.weight = nn.Parameter(weight)
+    """Put the linear layers back, with W + B A as their weights."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LowRank):
+            module.linear.weight = nn.Parameter(module.weight().detach())
+            _replace(model, name, module.linear)
 
-# --------------------------------------------------------------------- the loss of a language model
 
-def lm_loss(model: GPT, tokens: Tensor) -> Tensor:  # (B, T) -> ()
-    """Mean cross-entropy per token, in nats. The first token is not predicted; the first
-    end-of-text is."""
-    mask = response_mask(tokens, model.eot)[:, 1:]
-    states = model.states(tokens[:, :-1])
-    return functional.cross_entropy(model.lm_head(states[mask]), tokens[:, 1:][mask])
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put another module in the place of the one with this name, such as "h.0.attn.c_proj"."""
+    parent, _, own_name = name.rpartition(".")
+    setattr(model.get_submodule(parent), own_name, new)

@@ -1,15 +1,14 @@
 """train.py: from text to a policy whose one sample does the work of best-of-N.
 
     python train.py --n 4                              the main job: one to two minutes
-    python train.py --n 4 --sample "i watched this"    responses to your own prompt
     python train.py --n 4 --data DIR --init gpt2       your own reviews, OpenAI's weights
+    python train.py --n 4 --sample "i watched this"    responses of a finished run to your prompt
 
-The stages: text, reference model, reward, reference samples (all in `prepare`), fine-tuning and
+The stages: text, reward, reference model, reference samples (all in `prepare`), fine-tuning and
 evaluation (in `main`). What takes long is kept in files: a run that was stopped continues when the
 same command is given again. `vbon_gradient` is the algorithm of the paper, and `fine_tune`, below
 it, the training loop.
 """
-import argparse
 import copy
 import math
 import os
@@ -28,96 +27,82 @@ from torch import Tensor
 
 import vbon
 from model import GPT, add_adapters, merge_adapters, prompts_at_a_time, token_kl
-from reward import Classifier, accuracy, train_classifier
-from support import code, options, processes, report, results
-from support.again import find_run, respond, sample_again
-from support.announce import (announce, announce_rewards, count_rewards, describe_cost,
-                              describe_samples, describe_text, operations)
-from support.inputs import Inputs, encode_prompt, read_inputs
-from support.kept import keep, model_content, rebuild_model, resume, save_checkpoint
-from support.leave import leave
+from reward import accuracy, train_classifier
+from support import options, report, results
+from support.inputs import Inputs, read_inputs
+from support.kept import keep, resume, save_checkpoint
 from support.own_reward import OwnReward, try_reward
 from support.reference_model import initial_model, train_reference
-from support.seeding import seeded_generator
-from support.sampling import compute_rewards, sample_responses
-from support.settings import AllSettings, check_settings, choose_settings
+from support.sampling import compute_rewards, sample_responses, seeded_generator
+from support.settings import choose_settings, setting
 from support.statistics import mean_and_error
 from support.text import Text, make_text
 
-# Results are kept under the code that made them. Read the source files now, so that editing a file
-# during a run cannot mislabel its results.
-code.read_source(__file__)
-code.read_sources("vbon", "reward", "support.reviews", "support.text")
-
 # ------------------------------------------------------------------------------------- the settings
 #
-# The defaults belong to the built-in text; support/settings.py has those for other texts.
-# A setting of several stages, such as the length, always has the same value in all of them.
+# The defaults belong to the built-in text; support/settings.py has those for other texts. Each is
+# also a flag: --lm-steps 500.
 
 @dataclass(frozen=True)
 class TextSettings:
     """Reviews, their tokens, and prompts."""
-    reviews: int = 12_000           # number of reviews
-    vocab: int = 768                # tokens in the vocabulary
-    prompt_tokens: int = 4          # tokens at the start of a review that form its prompt
-    length: int = 24                # largest number of tokens in a response
-    prompts: int = 512              # prompts to train on
-    held_prompts: int = 64          # held-out prompts, for the evaluation
-
-
-@dataclass(frozen=True)
-class ReferenceSettings:
-    """The reference model and its training on the reviews."""
-    layers: int = 2
-    heads: int = 2
-    width: int = 64
-    lm_steps: int = 1000            # updates
-    lm_batch: int = 64              # reviews in an update
-    lm_lr: float = 6e-3             # largest learning rate
+    reviews: int = setting(12_000, "number of built-in reviews")
+    vocab: int = setting(768, "tokens in the vocabulary", least=257)
+    prompt_tokens: int = setting(4, "tokens at the start of a review that form its prompt")
+    length: int = setting(24, "largest number of tokens in a response; all costs grow with it")
+    prompts: int = setting(512, "prompts to train on")
+    held_prompts: int = setting(64, "held-out prompts, for the evaluation", least=2)
 
 
 @dataclass(frozen=True)
 class RewardSettings:
     """The sentiment classifier."""
-    epochs: int = 4                 # passes over the reviews
+    epochs: int = setting(4, "passes over the reviews")
+
+
+@dataclass(frozen=True)
+class ReferenceSettings:
+    """The reference model and its training on the reviews."""
+    layers: int = setting(2, "blocks of the GPT-2")
+    heads: int = setting(2, "attention heads in a block")
+    width: int = setting(64, "size of the residual stream")
+    lm_steps: int = setting(1000, "updates; with 0, the model of --init is used as it is", least=0)
+    lm_batch: int = setting(64, "reviews in an update")
+    lm_lr: float = setting(6e-3, "largest learning rate", least=0)
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """Reference samples, from which F is estimated."""
-    m: int = 64                     # M, samples for each training prompt
-    m_eval: int = 512               # M, samples for each held-out prompt, for a precise F
-    length: int = 24
+    """Reference samples, from which F is estimated, and samples for the evaluation."""
+    m: int = setting(64, "M, reference samples for each training prompt")
+    m_eval: int = setting(512, "M for each held-out prompt, where F has to be precise")
+    k_eval: int = setting(64, "responses of the policy to each held-out prompt")
 
 
 @dataclass(frozen=True)
 class TuningSettings:
     """Fine-tuning of the policy."""
-    steps: int = 90                 # updates
-    batch: int = 64                 # prompts in an update
-    k: int = 8                      # K, responses to each of these prompts
-    length: int = 24
-    rank: int = 4                   # of the adapters
-    lr_scale: float = 0.54          # learning rate · √(number of trained parameters)
-    processes: int = 1              # number of processes that share an update
+    steps: int = setting(90, "updates; with more, the policy comes closer to best-of-N")
+    batch: int = setting(64, "prompts in an update")
+    k: int = setting(8, "K, responses to each of these prompts", least=2)
+    rank: int = setting(4, "rank of the adapters")
+    lr_scale: float = setting(0.54, "learning rate times √(number of trained parameters)", least=0)
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
-    """The evaluation on held-out prompts."""
-    k_eval: int = 64                # responses of the policy to each prompt
-    length: int = 24
-
-
-@dataclass(frozen=True)
-class Settings(AllSettings):
+class Settings:
     """The settings of all stages."""
     text: TextSettings = TextSettings()
-    reference: ReferenceSettings = ReferenceSettings()
     reward: RewardSettings = RewardSettings()
+    reference: ReferenceSettings = ReferenceSettings()
     samples: SampleSettings = SampleSettings()
     tuning: TuningSettings = TuningSettings()
-    evaluation: EvaluationSettings = EvaluationSettings()
+
+
+# The modules whose code makes the numbers of a stage: an edit of one of them runs it again.
+SAMPLING = ("model", "support.sampling")
+JUDGING = (*SAMPLING, "reward", "support.own_reward", "support.tokenizer")
+TUNING = (*JUDGING, "train", "vbon")
 
 # ----------------------------------------------------------------------------------------- the run
 
@@ -129,47 +114,39 @@ def main(argv: list[str] | None = None) -> "Run | None":
     UnusableInput for wrong arguments and inputs.
     """
     began = time.monotonic()
-    args = options.make_parser(__doc__).parse_args(argv)
+    args = options.make_parser(__doc__, Settings()).parse_args(argv)
+    if args.sample is not None:
+        print(results.sample_run(args), end="")
+        return None
     n = args.n
     seed = args.seed
     out = Path(args.out)
-    policy_folder = out / f"policy-n{n}-seed{seed}"
-    reference_folder = out / f"reference-seed{seed}"
-    inputs = read_inputs(args, [n], [policy_folder, reference_folder])
-    earlier = find_run(args)
-    if earlier is not None:
-        print(sample_again(args, *earlier, inputs.device), end="")
-        return None
+    inputs = read_inputs(args)
+    results.read_results(out)                           # if they are damaged, say so now
     settings = choose_settings(Settings(), args, n, inputs)
-    check_settings(settings, args, n)
 
-    # ---- text, reference model, reward, reference samples
-    world = prepare(args, inputs, settings, n, seed)
-    settings = world.settings
-    reference = world.reference
+    # ---- text, reward, reference model, reference samples
+    world = prepare(inputs, settings, out / "cache", n, seed)
 
     # ---- fine-tuning: make one sample of the policy as good as the best of n
     method = Method(f"vBoN n={n}", ("vbon", n), vbon_gradient)
-    tuned = keep(out / "cache", f"policy-vbon-n{n}-seed{seed}", fine_tune, method, n, reference,
-                 world.reward, world.samples, settings.tuning, seed, code=("vbon",),
+    tuned = keep(out / "cache", f"policy-vbon-n{n}-seed{seed}", fine_tune, method, n,
+                 world.reference, world.reward, world.samples, settings.tuning, seed, code=TUNING,
                  resumable=True)
-    policy = rebuild_model(tuned, inputs.device)
-    models = report.name_models(n, reference, policy)
-    if world.prompt is not None:
-        print(respond(args.sample, world, models, seed), end="")
-        return None
+    policy = tuned["policy"].to(inputs.device)
 
     # ---- evaluation: on held-out prompts, with other reference samples
-    evaluated = keep(out / "cache", f"evaluation-vbon-n{n}-seed{seed}", evaluate, policy, reference,
-                     world.reward, world.held_out.prompt, settings.evaluation, "vbon", seed)
+    evaluated = keep(out / "cache", f"evaluation-vbon-n{n}-seed{seed}", evaluate, policy,
+                     world.reference, world.reward, world.held_out.prompt, settings.samples.k_eval,
+                     world.text.length, "vbon", seed, code=TUNING)
     rows = [reference_row(world, n), best_of_n_row(world, n, seed),
             policy_row("vbon", world, evaluated, n, tuned["seconds"])]
-    report.print_table(rows, world.held_out.reward, settings.text.length)
+    report.print_table(rows, world.held_out.reward, world.text.length)
 
-    # ---- what stays: results, a picture, records, the models
+    # ---- what stays: results, a picture, responses, the models
     run = Run(n, seed, rows, policy, world, evaluated, tuned["history"])
     best = world.candidates.reward.gather(1, choose_best(world.candidates, n, seed))
-    leave(args, inputs, run, best, results.describe(settings, world.text, inputs, STAGES))
+    results.leave(args, run, best, results.describe(settings, world.text, inputs, args.quick))
     print(f"{time.monotonic() - began:.0f} s")
     return run
 
@@ -189,14 +166,12 @@ class Samples(NamedTuple):
 
 class World(NamedTuple):
     """What fine-tuning and evaluation start from."""
-    settings: Settings              # with the length of this text
     text: Text
     reference: GPT
     reward: Callable[[Tensor, Tensor], Tensor]      # prompt (P, T0), response (P, K, L) -> (P, K)
     samples: Samples                # for the training prompts
     held_out: Samples               # for the held-out prompts: estimate F in the evaluation
     candidates: Samples             # for the held-out prompts: best-of-N chooses among these
-    prompt: Tensor | None           # (3, T): the prompt of --sample, three times
 
 
 class Run(NamedTuple):
@@ -210,43 +185,37 @@ class Run(NamedTuple):
     history: list[dict]             # what was watched in each update
 
 
-def prepare(args: argparse.Namespace, inputs: Inputs, settings: Settings, n: int, seed: int,
-            policies: int = 1) -> World:
-    """Run the first stages: text, reference model, reward, reference samples.
+def prepare(inputs: Inputs, settings: Settings, cache: Path, n: int, seed: int) -> World:
+    """Run the first stages: text, reward, reference model, reference samples.
 
-    n and the number of policies that will be trained serve to announce what the run takes.
+    They do not depend on n, but a note says if there are too few reference samples for it.
     """
-    cache = Path(args.out) / "cache"
     device = inputs.device
-    own_reward = inputs.own_reward
-    say = print if args.sample is None else report.no_print     # --sample prints responses only
 
     # ---- text: reviews, their tokens, and prompts
-    text = make_text(inputs, settings.text, seed)
-    settings = settings.change(length=text.length)
-    initial = initial_model(inputs, text, settings.reference, seed)
-    prompt = encode_prompt(args.sample, text.encoding, initial.config["block_size"])
-    for note in announce(settings, initial, n, args):
-        say(note)
-    say(describe_cost(operations(settings, initial, text, policies), device))
-    if own_reward is not None:
-        seconds = try_reward(own_reward, text.encoding, text.tokens, settings.text.prompt_tokens)
-
-    # ---- reference model: a language model of the reviews
-    trained = keep(cache, f"reference-model-seed{seed}", train_reference, initial.to(device),
-                   text.tokens, text.unseen_tokens, settings.reference, seed)
-    reference = rebuild_model(trained, device)
-    say(describe_text(text, inputs, settings, trained["nats"]))
+    text = make_text(inputs.reviews, inputs.pretrained, settings.text, seed)
+    report.describe_text(text, settings, n)
 
     # ---- reward: the logit of a sentiment classifier, or your own function
-    if own_reward is not None:
-        reward = OwnReward(own_reward, text.encoding, cache)
-        say(announce_rewards(own_reward, count_rewards(settings, text, n, policies), seconds))
+    if inputs.own_reward is not None:
+        try_reward(inputs.own_reward, text.encoding, text.tokens, settings.text.prompt_tokens)
+        reward = OwnReward(inputs.own_reward, text.encoding, cache)
     else:
-        classifier = fit_classifier(text, settings.reward, seed)
+        # it takes a second, so it is not kept
+        classifier = train_classifier(text.tokens, text.labels, text.encoding.n_vocab,
+                                      settings.reward.epochs,
+                                      seeded_generator("cpu", "classifier", seed))
         share = accuracy(classifier, text.unseen_tokens, text.unseen_labels)
+        print(f"reward: the classifier is right on {share:.0%} of the reviews it has not seen")
         reward = classifier.to(device).reward
-        say(f"reward: the classifier is right on {share:.0%} of the reviews it has not seen")
+
+    # ---- reference model: a language model of the reviews
+    initial = initial_model(inputs.pretrained, text, settings.reference, seed).to(device)
+    trained = keep(cache, f"reference-model-seed{seed}", train_reference, initial, text.tokens,
+                   text.unseen_tokens, settings.reference, seed,
+                   code=(*SAMPLING, "support.reference_model"))
+    reference = trained["model"].to(device)
+    print(f"reference model: a perplexity of {math.exp(trained['nats']):.1f} on unseen reviews")
 
     # ---- reference samples: F, the CDF of the reward, is estimated from their rewards
     # Best-of-N gets samples of its own, the candidates. Otherwise F would be estimated from samples
@@ -256,23 +225,13 @@ def prepare(args: argparse.Namespace, inputs: Inputs, settings: Settings, n: int
                              ("held-out", text.held_prompts, settings.samples.m_eval),
                              ("draws", text.held_prompts, settings.samples.m_eval)):
         sampled = keep(cache, f"samples-{name}-seed{seed}", sample_responses, reference, prompts, m,
-                       settings.samples.length, name, seed)
+                       text.length, name, seed, code=SAMPLING)
         judged = keep(cache, f"rewards-{name}-seed{seed}", compute_rewards, reward, prompts,
-                      sampled["response"], name, device.type)
+                      sampled["response"], name, device.type, code=JUDGING)
         found.append(Samples(prompts, sampled["response"], sampled["logprob"], judged["reward"],
                              sampled["seconds"] + judged["seconds"]))
     samples, held_out, candidates = found
-    world = World(settings, text, reference, reward, samples, held_out, candidates, prompt)
-    say(describe_samples(world, n))
-    return world
-
-
-def fit_classifier(text: Text, settings: RewardSettings, seed: int) -> Classifier:
-    """Train the classifier; it takes a second, so it is not kept."""
-    generator = seeded_generator("cpu", "classifier", seed)
-    return train_classifier(text.tokens, text.labels, text.encoding.n_vocab, settings.epochs,
-                            generator)
-
+    return World(text, reference, reward, samples, held_out, candidates)
 
 # ------------------------------------------------------------------------------------- fine-tuning
 
@@ -292,7 +251,7 @@ class Method(NamedTuple):
 
     def depends_on(self) -> tuple:
         """Return the values that `keep` compares: others give another policy."""
-        return self.names, self.gradient
+        return self.names
 
 
 def watch(batch: Batch, rollout: vbon.Rollout, logprob: Tensor) -> dict[str, float]:
@@ -307,9 +266,10 @@ def vbon_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
                   settings: TuningSettings, generator: torch.Generator) -> dict[str, float]:
     """Add the gradient of the loss, minus (6), to the policy's .grad: steps (a) to (e)."""
     n = vbon.grow(n, batch.step, settings.steps)            # from best-of-2 to best-of-n
-    part = prompts_at_a_time(policy, settings.k, settings.length)
+    length = batch.ref_response.shape[2]
+    part = prompts_at_a_time(policy, settings.k, length)
     # (a), (b): sample K responses from the policy; compute their rewards and log π_ref
-    rollout = vbon.roll_out(policy, reference, reward_fn, batch.prompt, settings.k, settings.length,
+    rollout = vbon.roll_out(policy, reference, reward_fn, batch.prompt, settings.k, length,
                             generator, part)
     # (c): log π_bon, the target of training
     log_target = vbon.bon_target(rollout.ref_logprob, rollout.reward, batch.ref_rewards, n)
@@ -334,24 +294,22 @@ def fine_tune(checkpoint: Path, method: Method, n: int, reference: GPT, reward_f
         optimizer.param_groups[0]["lr"] = lr * decay(step, settings.steps)
         batch = choose_batch(samples, step, settings.batch, seed, policy.wte.weight.device)
         # each update has its own random numbers: a resumed run ends with the same policy
-        generator = seeded_generator(batch.prompt.device, *method.names, seed, step,
-                                     processes.rank())
+        generator = seeded_generator(batch.prompt.device, *method.names, seed, step, 0)
         optimizer.zero_grad()
         stats = method.gradient(policy, reference, reward_fn, batch, n, settings, generator)
-        processes.average_gradients(trained)                # of one process: nothing to do
         optimizer.step()
         history.append(stats)
         save_checkpoint(checkpoint, step + 1, trained, optimizer, history, time.monotonic() - began)
         report.show_progress(method.label, step + 1, settings.steps, began, stats)
     merge_adapters(policy)
-    return model_content(policy) | {"history": history, "seconds": time.monotonic() - began}
+    return {"policy": policy, "history": history, "seconds": time.monotonic() - began}
 
 
 def choose_batch(samples: Samples, step: int, size: int, seed: int, device: torch.device) -> Batch:
-    """Choose the prompts of one update at random: this process's share of them."""
+    """Choose the prompts of one update at random."""
     order = torch.randperm(len(samples.prompt),
                            generator=seeded_generator("cpu", "batch", seed, step))
-    rows = processes.my_share(order[:size])
+    rows = order[:size]
     return Batch(step, samples.prompt[rows].to(device), samples.response[rows].to(device),
                  samples.reward[rows])
 
@@ -365,18 +323,18 @@ def decay(step: int, steps: int) -> float:
 
 # -------------------------------------------------------------------------------------- evaluation
 
-def evaluate(policy: GPT, reference: GPT, reward_fn, prompts: Tensor, settings: EvaluationSettings,
+def evaluate(policy: GPT, reference: GPT, reward_fn, prompts: Tensor, k: int, length: int,
              name: str, seed: int) -> dict:
     """Sample from the policy on held-out prompts (P, T), and score the responses; called by
     `keep`."""
     began = time.monotonic()
     name = f"evaluation of {name}"
-    sampled = sample_responses(policy, prompts, settings.k_eval, settings.length, name, seed)
+    sampled = sample_responses(policy, prompts, k, length, name, seed)
     device = policy.wte.weight.device
     judged = compute_rewards(reward_fn, prompts, sampled["response"], name, device.type)
     ref_logprob = []
     kl_ref = []
-    part = prompts_at_a_time(policy, settings.k_eval, settings.length)
+    part = prompts_at_a_time(policy, k, length)
     with torch.no_grad():
         for prompt, response in zip(prompts.split(part), sampled["response"].split(part)):
             prompt = prompt.to(device)
@@ -407,9 +365,6 @@ def metrics(logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_rewards: T
     for name, x in columns.items():
         row[name], row[name + "_se"] = mean_and_error(x)
     row["positive"] = (reward > 0).double().mean().item()
-    # what best-of-n attains according to the reference samples; the KL may be unknown
-    kl, row["theory_win_rate"] = vbon.bon_attains(ref_rewards, n)
-    row["theory_kl"] = None if math.isnan(kl) else kl
     return row
 
 
@@ -467,12 +422,6 @@ def share_cut(response: Tensor, world: World) -> float:  # (P, K, L)
     """Return the share of responses that do not end, but are cut at the largest length."""
     return (response != world.text.encoding.eot_token).all(-1).double().mean().item()
 
-
-# the code that is named in each line of results.jsonl
-STAGES = (fit_classifier, fine_tune, vbon_gradient, evaluate, reference_row, best_of_n_row,
-          policy_row, "vbon", "model", "reward", "support.own_reward", "support.processes",
-          "support.reference_model", "support.reviews", "support.sampling", "support.seeding",
-          "support.statistics", "support.text", "support.tokenizer")
 
 if __name__ == "__main__":
     options.run(main, "train.py")

@@ -32,9 +32,9 @@ E_θ is the mean over responses sampled from the policy; b is a number, the base
 An update: (a) sample y from the policy, (b) compute its reward and log π_ref(y), (c) compute the
 target log π_bon(y), (d) compute log π_θ(y) with gradients, (e) add an estimate of -∇J to .grad.
 
-The functions here compute in float64, on the CPU. A model needs two methods, and a reward is a
-function; they may be on any device:
-    model.sample(prompt, k, length, generator) -> response (P, K, L), logprob (P, K)
+The functions here compute in float64, on the CPU. (`bon_attains`, what best-of-N attains, is in
+support/statistics.py.) A model needs two methods, a reward is a function, and any device will do:
+    model.sample(prompt, k, length, generator) -> response (P, K, L), logprob (P, K) or None
     model.logprob(prompt, response)            -> logprob (P, K), with gradients
     reward_fn(prompt, response)                -> reward (P, K)
 """
@@ -54,7 +54,7 @@ def empirical_cdf(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P,
     The + 1 keeps log F finite for a reward below all M. Returns float64, on the CPU.
     Raises ValueError for wrong shapes and for rewards that are empty or not finite.
     """
-    less, _ = _count_less_and_equal(reward, ref_rewards)
+    less, _ = count_less_and_equal(reward, ref_rewards)
     m = ref_rewards.shape[1]
     return (less + 1) / (m + 1)
 
@@ -64,11 +64,11 @@ def win_rate(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P, M) -
 
     Reward 2 against 1, 2, 2, 3 beats one and ties with two: (1 + 2/2) / 4 = 0.5.
     """
-    less, equal = _count_less_and_equal(reward, ref_rewards)
+    less, equal = count_less_and_equal(reward, ref_rewards)
     return (less + equal / 2) / ref_rewards.shape[1]
 
 
-def _count_less_and_equal(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
+def count_less_and_equal(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
     """Return #{r_j < r} and #{r_j = r}, each (P, K), by binary search in sorted ref_rewards."""
     _check_rewards(reward, ref_rewards)
     reward = _float64(reward).contiguous()
@@ -122,19 +122,17 @@ def bon_target(ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int)
 
     ref_logprob (P, K), reward (P, K), ref_rewards (P, M). Reward 2 against 1, 2, 2, 3 has
     F_lt = 2/5 and F_le = 4/5. Where nothing ties, this is equation (2) with `empirical_cdf`,
-    unless F_lt + π_ref(y) exceeds 1. With (7), the KL of a perfect policy to π_bon reads about 0.
-    With the alternative #less/(M+1) and (#less + #equal + 1)/(M+1), with which π_bon/π_ref has the
-    mean 1, it would read about (N-1)/(2M).
+    unless F_lt + π_ref(y) exceeds 1.
     """
     _check_shapes(ref_logprob, reward)
     ref_logprob = _float64(ref_logprob)
     cdf_lt = empirical_cdf(reward, ref_rewards)
     # P(r' = r) is the share of reference responses that tie with y. If none does, y is the only
     # response known to have this reward, and its own probability is the estimate.
-    _, equal = _count_less_and_equal(reward, ref_rewards)
+    _, equal = count_less_and_equal(reward, ref_rewards)
     m = ref_rewards.shape[1]
     tied = torch.where(equal > 0, equal / (m + 1), ref_logprob.exp())
-    # F_le is at most 1. Where the sum exceeds it, y keeps its share, and F_lt makes room.
+    # F_le is at most 1. Where the sum exceeds it, F_lt makes room for the tied mass.
     cdf_le = (cdf_lt + tied).clamp(max=1)
     cdf_lt = torch.minimum(cdf_lt, cdf_le - tied).clamp(min=0)
     return bon_logprob_ties(ref_logprob, cdf_lt.log(), cdf_le.log(), n)
@@ -146,42 +144,6 @@ def best_of_n(reward: Tensor, generator: torch.Generator | None = None) -> Tenso
     reward = _float64(reward)
     is_best = reward == reward.max(-1, keepdim=True).values
     return torch.multinomial(is_best.double(), 1, generator=generator)[:, 0]
-
-
-def bon_attains(ref_rewards: Tensor, n: int) -> tuple[float, float]:  # (P, M) -> kl, win_rate
-    """Return what best-of-N attains with this reward: KL to π_ref in nats, and win rate.
-
-    Without ties they are log N - (N-1)/N and N/(N+1). Both are estimated from the M rewards of each
-    prompt; the KL is nan where best-of-N is determined by fewer than 16 of them.
-    """
-    _check_n(n)
-    less, equal = _count_less_and_equal(ref_rewards, ref_rewards)
-    m = ref_rewards.shape[1]
-    cdf_lt = less / m
-    cdf_le = (less + equal) / m
-    # π_bon / π_ref of each response; a mean under best-of-n has these ratios as weights
-    ratio = (cdf_le ** n - cdf_lt ** n) / (cdf_le - cdf_lt)
-    kl = torch.xlogy(ratio, ratio).mean()          # ratio · log ratio
-    effective_samples = (m / ratio.square().mean(-1)).mean()
-    if effective_samples < 16:
-        kl = torch.tensor(math.nan)
-    if n < m:
-        # Compare each response with the best of n others: unbiased, with any ties. Best-of-n loses
-        # if all n have a lower reward; a tie counts half.
-        lower = _share_of_sets(less + equal - 1, n, m - 1)
-        strictly_lower = _share_of_sets(less, n, m - 1)
-        wins = 1 - (lower + strictly_lower) / 2
-    else:
-        wins = ratio * (cdf_lt + cdf_le) / 2
-    return kl.item(), wins.mean().item()
-
-
-def _share_of_sets(count: Tensor, n: int, m: int) -> Tensor:
-    """Return C(count, n) / C(m, n), which is 0 for counts below n."""
-    enough = count.clamp(min=n)
-    log_count = torch.lgamma(enough + 1) - torch.lgamma(enough - n + 1)
-    log_all = math.lgamma(m + 1) - math.lgamma(m - n + 1)
-    return torch.where(count >= n, (log_count - log_all).exp(), 0.0)
 
 # ---------------------------------------------------------------- 3. the objective and its gradient
 

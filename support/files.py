@@ -1,10 +1,6 @@
 """Files: read with a clear message, written completely or not at all."""
-import contextlib
 import json
-import os
-import shutil
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -31,10 +27,10 @@ def read_text(path: Path) -> str:
 def read_json(path: Path) -> dict:
     """Return the object in a JSON file. Raises UnusableInput if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UnusableInput(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError):
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UnusableInput):
+            raise
         raise UnusableInput(f"{path}: not a JSON file") from None
     if not isinstance(content, dict):
         raise UnusableInput(f"{path}: want a JSON object")
@@ -55,58 +51,23 @@ def write_whole(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time change the results in this folder; waits for the others.
-
-    The operating system releases the lock when its process ends. On a file system without locks,
-    continue without one.
-    """
-    path = folder / "cache" / "results.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # open to read: the file may be a colleague's
-    file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
-    try:
-        _wait_for_lock(file)
-    except OSError:                                     # some network file systems have no locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(file)
-
-
-def _wait_for_lock(file: int) -> None:
-    """Return once no other process holds the lock of this file."""
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except ImportError:                                 # Windows
-        import msvcrt
-        msvcrt.locking(file, msvcrt.LK_LOCK, 1)
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """Write a file with one JSON object a line."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_whole(path, text.encode("utf-8"))
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder and its cache, and try to write into both. Raises OSError.
+    """Make the folder and its cache, and try to write into both. Raises UnusableInput.
 
     A .gitignore keeps results out of the user's repository.
     """
-    for place in (folder, folder / "cache"):
-        place.mkdir(parents=True, exist_ok=True)
-        part = place / f"{uuid.uuid4().hex}.part"
-        part.write_bytes(b"")
-        part.unlink()
-    ignored = folder / ".gitignore"
-    if not ignored.exists():
-        ignored.write_text("*\n", encoding="utf-8")
-
-
-def replace_folder(new: Path, folder: Path) -> None:
-    """Put the folder `new` in the place of an older one, or of none. Both are on one disk."""
-    if not folder.exists():
-        new.replace(folder)
-        return
-    old = new.with_name(f"{new.name}.old")
-    folder.replace(old)
-    new.replace(folder)
-    shutil.rmtree(old)
+    try:
+        for place in (folder, folder / "cache"):
+            place.mkdir(parents=True, exist_ok=True)
+            write_whole(place / ".writable", b"")
+            (place / ".writable").unlink()
+        if not (folder / ".gitignore").exists():
+            write_whole(folder / ".gitignore", b"*\n")
+    except OSError as error:
+        raise UnusableInput(f"--out {error.filename or folder}: {error.strerror}") from None

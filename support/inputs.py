@@ -1,22 +1,17 @@
-"""The inputs that the command line names, read and checked before any work."""
+"""What the command line names, read and checked before any work."""
 import argparse
 from pathlib import Path
 from typing import NamedTuple
 
 import tiktoken
 import torch
-from torch import Tensor
 
 from model import GPT
-from support import processes
-from support.digest import digest
-from support.files import UnusableInput
-from support.files import check_writable
-from support.huggingface import load_model, PRETRAINED
-from support.options import check_arguments
-from support.own_reward import RewardFile, hidden_neighbours
-from support.results import check_folders, read_results
-from support.reviews import load_reviews, normalise
+from support.files import UnusableInput, check_writable
+from support.huggingface import PRETRAINED, load_model
+from support.kept import check_sources, digest
+from support.own_reward import RewardFile
+from support.reviews import load_reviews
 from support.tokenizer import pretrained_encoding
 
 
@@ -32,43 +27,59 @@ class Inputs(NamedTuple):
     reviews: list | None            # of --data
     own_reward: RewardFile | None   # of --reward
     pretrained: Pretrained | None   # of --init
-    quick: bool = False             # --quick
+
+    def described(self) -> dict[str, str | None]:
+        """Return short names of the inputs, for the lines of results.jsonl."""
+        return {
+            "data": self.reviews and digest(self.reviews),
+            # of a model that a run left: the "weights" in its settings.json
+            "init": self.pretrained and digest(self.pretrained.model.state_dict()),
+            "init_vocabulary": self.pretrained and digest(self.pretrained.encoding),
+            "reward_file": self.own_reward and digest(self.own_reward),
+            "device": self.device.type,
+        }
 
 
-def read_inputs(args: argparse.Namespace, ns: list[int], folders: list[Path]) -> Inputs:
-    """Check the command line, read what it names, and connect the processes.
-
-    The run will write the models `folders`. Raises UnusableInput for anything wrong.
-    """
-    check_arguments(args, ns)
+def read_inputs(args: argparse.Namespace) -> Inputs:
+    """Read what the command line names. Raises UnusableInput for anything wrong."""
+    check_sources()
     out = Path(args.out)
-    try:
-        check_writable(out)
-        read_results(out)                               # if they are damaged, say so now
-    except OSError as error:
-        raise UnusableInput(f"--out {error.filename or out}: {error.strerror}") from None
-    check_folders(args, folders)
-    device = processes.connect(args.device)
-    processes.silence_others()
-    processes.check_same("arguments", vars(args))
+    check_writable(out)
+    device = choose_device(args.device)
     own_reward = None
     if args.reward is not None:
         own_reward = RewardFile(args.reward)
-        for name in hidden_neighbours(own_reward.path):
-            print(f"note: {args.reward} cannot import the {name} next to it: that name is ours")
     reviews = None
     if args.data is not None:
         reviews = load_reviews(args.data, labelled=own_reward is None)
-    pretrained = load_pretrained(args.init)
-    # on several machines, the same path may lead to different contents
-    processes.check_same("inputs", digest(reviews, own_reward, pretrained))
-    return Inputs(device, reviews, own_reward, pretrained, args.quick)
+    pretrained = None
+    if args.init is not None:
+        if Path(args.init).resolve().parent == out.resolve():
+            raise UnusableInput(f"--init {args.init}: this run may overwrite it; give another "
+                                f"--out")
+        pretrained = load_pretrained(args.init)
+    return Inputs(device, reviews, own_reward, pretrained)
 
 
-def load_pretrained(init: str | None) -> Pretrained | None:
+def choose_device(name: str) -> torch.device:
+    """Return the device of --device. Raises UnusableInput for one that cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UnusableInput(f"--device {name}: want cpu, cuda or mps")
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:     # what PyTorch raises for a wrong device
+        raise UnusableInput(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        # TF32: on an H100, log-probabilities of GPT-2 are ten times as precise as with bfloat16,
+        # and updates are faster than with float32
+        torch.set_float32_matmul_precision("high")
+    return device
+
+
+def load_pretrained(init: str) -> Pretrained:
     """Return the model and the tokenizer of --init. Raises UnusableInput for anything wrong."""
-    if init is None:
-        return None
     if init not in PRETRAINED and not Path(init).is_dir():
         raise UnusableInput(f"--init {init}: no such folder, and none of {', '.join(PRETRAINED)}")
     model = load_model(init)
@@ -83,14 +94,3 @@ def load_pretrained(init: str | None) -> Pretrained | None:
     if not finite:
         raise UnusableInput(f"--init {init}: the logits of this model are not finite")
     return Pretrained(model, encoding)
-
-
-def encode_prompt(sample: str | None, encoding: tiktoken.Encoding, block_size: int
-                  ) -> Tensor | None:
-    """Return the prompt of --sample three times (3, T), for three responses of each model."""
-    if sample is None:
-        return None
-    ids = encoding.encode_ordinary(normalise(sample))
-    if len(ids) >= block_size:
-        raise UnusableInput(f"--sample: want fewer than {block_size} tokens, got {len(ids)}")
-    return torch.tensor(ids).repeat(3, 1)

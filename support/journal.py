@@ -9,7 +9,6 @@ import os
 import struct
 from pathlib import Path
 
-from support.files import lock
 
 RECORD = struct.Struct("<16sd")                         # a hash of a pair of texts, and its reward
 
@@ -40,7 +39,7 @@ class Journal:
             self.known[key] = reward
             records += RECORD.pack(key, reward)
         # other processes may write to the same file
-        with lock(self.path.parent.parent):
+        if True:
             with open(self.path, "ab") as file:
                 size = os.path.getsize(self.path)
                 file.truncate(size // RECORD.size * RECORD.size)

@@ -1,39 +1,146 @@
 """Finished stages, kept in files. A stage runs again only if something that it depends on changed.
 
-A file's name is made from the arguments of its stage and the code that computes its numbers. So a
-run that was killed continues after the last finished stage, or after the last update of
-fine-tuning. After an edit, only the stages run again whose numbers the edit can change.
+A file's name is made from the arguments of its stage and the source of the modules that compute its
+numbers. So a run that was killed continues after the last finished stage, or after the last update
+of fine-tuning; and after an edit, the stages run again that name the edited module.
 """
+import ast
+import dataclasses
+import functools
 import hashlib
+import inspect
 import io
-from collections.abc import Callable
+import sys
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import tiktoken
 import torch
+from torch import Tensor, nn
 
 from model import GPT
-from support import seeding, tokenizer                  # noqa: F401 (their code is in each name)
-from support.code import code_of_module, read_sources
-from support.digest import digest
-from support.files import write_whole
-from support.processes import from_first_process, rank
+from support.files import UnusableInput, write_whole
 
-# modules whose code makes numbers in every stage
-ALWAYS = ("model", "support.processes", "support.seeding", "support.tokenizer")
-read_sources(*ALWAYS)
+# ------------------------------------------------------------------ the source of all that computes
+
+ROOT = Path(__file__).parent.parent
 
 
-def keep(cache: Path, name: str, stage: Callable[..., dict], *args: object,
-         code: tuple[str, ...] = (), resumable: bool = False) -> dict:
+def read_sources() -> dict[str, str]:
+    """Return the sources of our modules by name: "vbon", "support.text", ..."""
+    files = [ROOT / f"{name}.py" for name in ("vbon", "model", "reward", "train")]
+    for folder in ("support", "experiments"):
+        files += sorted((ROOT / folder).glob("*.py"))
+    sources = {}
+    for file in files:
+        if file.exists() and not file.stem.startswith("test_"):
+            name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+            sources[name] = file.read_text(encoding="utf-8")
+    return sources
+
+
+SOURCES = read_sources()                                # once, when the program starts
+
+
+def check_sources() -> None:
+    """Raise UnusableInput if a file was edited since the program started, or other code is loaded.
+
+    Otherwise numbers of the old code could be kept under the name of the new one, or the reverse.
+    A notebook may load an edited file again, whole or function by function.
+    """
+    for name, source in SOURCES.items():
+        path = ROOT / (name.replace(".", "/") + ".py")
+        edited = not path.exists() or path.read_text(encoding="utf-8") != source
+        if edited or not set(_code_in_memory(name)) <= _code_of(source, str(path)):
+            raise UnusableInput(f"{path.name} was edited after its import: restart Python")
+
+
+def _code_in_memory(name: str) -> Iterator[types.CodeType]:
+    """Yield the code of the functions and methods that a module's file has defined."""
+    module = sys.modules.get(name)
+    defined = list(vars(module).values()) if module is not None else []
+    for thing in list(defined):
+        if inspect.isclass(thing) and thing.__module__ == name:
+            defined += vars(thing).values()
+    for thing in defined:
+        code = getattr(inspect.unwrap(thing), "__code__", None)
+        # others are imported, or made by a decorator of the standard library
+        if code is not None and code.co_filename == module.__file__:
+            yield code
+
+
+@functools.cache
+def _code_of(source: str, file: str) -> set[types.CodeType]:
+    """Return the code of all functions in a source."""
+    found = [compile(source, file, "exec")]
+    for code in found:
+        found += [x for x in code.co_consts if isinstance(x, types.CodeType)]
+    return set(found)
+
+
+@functools.cache
+def syntax(name: str) -> str:
+    """Return the syntax tree of a module: comments and layout do not count."""
+    return ast.dump(ast.parse(SOURCES[name]))
+
+
+def code_mark() -> str:
+    """Return a short name for all of our code, for the lines of results.jsonl."""
+    return digest([SOURCES[name] for name in sorted(SOURCES)])
+
+# ------------------------------------------------------------------------ short names for contents
+
+def digest(*parts: object) -> str:
+    """Return 12 hexadecimal digits that name these contents, today and in another process.
+
+    A model counts by its config, its weights and the type of its device, a tokenizer by its tokens,
+    and an object with a method `depends_on` by what this returns. Raises TypeError for anything
+    whose content is unknown.
+    """
+    total = hashlib.sha256()
+    for part in parts:
+        _add(total, part)
+    return total.hexdigest()[:12]
+
+
+def _add(total, part: object) -> None:
+    """Add one content to a sum."""
+    if part is None or isinstance(part, (bool, int, float, str, bytes)):
+        total.update(repr(part).encode("utf-8") + b";")
+    elif isinstance(part, Tensor):
+        total.update(f"{part.dtype} {tuple(part.shape)}".encode("utf-8"))
+        total.update(part.detach().cpu().contiguous().numpy().tobytes())
+    elif hasattr(part, "depends_on"):
+        _add(total, part.depends_on())
+    elif isinstance(part, (list, tuple)):
+        total.update(digest(*part).encode("utf-8"))
+    elif isinstance(part, dict):
+        _add(total, list(part.items()))
+    elif dataclasses.is_dataclass(part):
+        _add(total, dataclasses.asdict(part))
+    elif isinstance(part, nn.Module):
+        device = next(part.parameters()).device.type
+        _add(total, [getattr(part, "config", None), device, part.state_dict()])
+    elif isinstance(part, tiktoken.Encoding):
+        tokens = {token: part.encode_single_token(token) for token in part.token_byte_values()}
+        _add(total, [part.name, tokens])
+    elif isinstance(part, types.MethodType):            # such as the reward of a classifier
+        _add(total, [part.__self__, part.__name__])
+    else:
+        raise TypeError(f"the content of a {type(part).__name__} is unknown")
+
+# ------------------------------------------------------------------------------------------- stages
+
+def keep(cache: Path, name: str, stage: Callable[..., dict], *args: object, code: tuple[str, ...],
+         resumable: bool = False) -> dict:
     """Return stage(*args), from a file in the folder `cache` if it was made before.
 
-    The file is named after the arguments, the code of the function `stage` with all that it uses of
-    its own file, the modules in `code`, and those in ALWAYS. A resumable stage gets one more
+    code: the names of the modules whose code makes the numbers. A resumable stage gets one more
     argument, before the others: the path of a checkpoint, from which it may continue. The
-    checkpoint is removed at the end.
+    checkpoint is removed at the end. Models in the result are on the CPU.
     """
-    modules = [code_of_module(module) for module in (*code, *ALWAYS)]
-    key = digest(torch.__version__, stage, modules, args)
+    key = digest(torch.__version__, [syntax(module) for module in code], args)
     path = cache / f"{name}-{key}.pt"
     checkpoint = path.with_suffix(".checkpoint")
     content = load(path)
@@ -42,47 +149,47 @@ def keep(cache: Path, name: str, stage: Callable[..., dict], *args: object,
             args = (checkpoint, *args)
         save(path, stage(*args))
         content = load(path)                            # so that new and kept ones are the same
-    if rank() == 0:
-        checkpoint.unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     return content
 
 
 def save(path: Path, content: dict) -> None:
-    """Write tensors, numbers, and lists and dictionaries of them, with a checksum in front."""
-    if rank() != 0:
-        return
+    """Write tensors, numbers, models, and lists of them, with a checksum in front."""
+    plain = {}
+    for name, x in content.items():
+        if isinstance(x, GPT):
+            x = {"config": x.config, "weights": x.state_dict()}
+        plain[name] = x
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(plain, buffer)
     checksum = hashlib.sha256(buffer.getbuffer()).digest()
     write_whole(path, checksum + buffer.getvalue())
 
 
 def load(path: Path) -> dict | None:
-    """Return what `save` wrote, or None if it is missing or damaged.
-
-    The first process reads the file and sends it to the others.
-    """
-    content = b""
-    if rank() == 0 and path.exists():
-        content = path.read_bytes()
-    content = from_first_process(content)
-    checksum = content[:32]
-    data = content[32:]
-    if hashlib.sha256(data).digest() == checksum:
-        return torch.load(io.BytesIO(data), "cpu", weights_only=True)
-    if content:
+    """Return what `save` wrote, on the CPU, or None if it is missing or damaged."""
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
         print(f"  damaged, made again: {path}", flush=True)
-    return None
+        return None
+    found = torch.load(io.BytesIO(content[32:]), "cpu", weights_only=True)
+    for name, x in found.items():
+        if isinstance(x, dict) and x.keys() == {"config", "weights"}:
+            found[name] = GPT(**x["config"])
+            found[name].load_state_dict(x["weights"])
+    return found
 
 
-def save_checkpoint(path: Path, step: int, trained: list, optimizer: torch.optim.Optimizer,
-                    history: list[dict], seconds: float) -> None:
+def save_checkpoint(path: Path, step: int, trained: list[Tensor],
+                    optimizer: torch.optim.Optimizer, history: list[dict], seconds: float) -> None:
     """Write all that the next updates of fine-tuning need."""
     save(path, {"step": step, "trained": [p.detach() for p in trained],
                 "optimizer": optimizer.state_dict(), "history": history, "seconds": seconds})
 
 
-def resume(path: Path, trained: list, optimizer: torch.optim.Optimizer
+def resume(path: Path, trained: list[Tensor], optimizer: torch.optim.Optimizer
            ) -> tuple[int, list[dict], float]:
     """Continue from a checkpoint, if there is one.
 
@@ -97,15 +204,3 @@ def resume(path: Path, trained: list, optimizer: torch.optim.Optimizer
     optimizer.load_state_dict(saved["optimizer"])
     print(f"  continuing after step {saved['step']}", flush=True)
     return saved["step"], saved["history"], saved["seconds"]
-
-
-def model_content(model: GPT) -> dict:
-    """Return what a model is rebuilt from, in a form that `save` can write."""
-    return {"config": model.config, "weights": model.state_dict()}
-
-
-def rebuild_model(content: dict, device: torch.device) -> GPT:
-    """Return the model that `model_content` described."""
-    model = GPT(**content["config"])
-    model.load_state_dict(content["weights"])
-    return model.to(device)

@@ -16,13 +16,12 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from support.code import code_of_module, read_source, syntax
-from support.digest import digest
+import ast
+from support.kept import digest
 from support.files import UnusableInput
 from support.journal import Journal
 from support.tokenizer import decode
 
-read_source(__file__)
 
 BATCH = 1024                                            # texts in one call
 LARGEST = 1e100                                         # reward
@@ -53,7 +52,7 @@ class RewardFile:
     def depends_on(self) -> list:
         """Return what rewards are kept under: the file's code without comments and docstrings, and
         its DEPENDS_ON, if it has one."""
-        return [syntax(self.source), repr(self.declared)]
+        return [ast.dump(ast.parse(self.source)), repr(self.declared)]
 
     def __str__(self) -> str:
         """Return its path, and what it says it depends on."""
@@ -182,7 +181,7 @@ class OwnReward:
 
     def depends_on(self) -> tuple:
         """Return what its rewards are kept under."""
-        return self.file, self.encoding, code_of_module(__name__)
+        return self.file, self.encoding
 
     def __call__(self, prompt: Tensor, response: Tensor) -> Tensor:
         """Return the rewards (P, K), in float64, of prompts (P, T) and responses (P, K, L).

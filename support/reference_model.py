@@ -4,30 +4,27 @@ import math
 import time
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
-from model import GPT, lm_loss, response_mask
-from support.code import read_source
-from support.inputs import Inputs
-from support.kept import model_content
+from model import GPT, response_mask
+from support.inputs import Pretrained
 from support.report import show_progress
-from support.seeding import seeded_generator
+from support.sampling import seeded_generator
 from support.text import Text
 
-read_source(__file__)
 
-
-def initial_model(inputs: Inputs, text: Text, settings, seed: int) -> GPT:
+def initial_model(pretrained: Pretrained | None, text: Text, settings, seed: int) -> GPT:
     """Return the model of --init, or a GPT with random weights; settings: layers, heads, width."""
-    if inputs.pretrained is not None:
-        return inputs.pretrained.model
+    if pretrained is not None:
+        return pretrained.model
     return GPT(vocab_size=text.encoding.n_vocab, block_size=text.tokens.shape[1],
                n_layer=settings.layers, n_head=settings.heads, n_embd=settings.width,
                generator=seeded_generator("cpu", "weights", seed))
 
 
-def train_reference(initial: GPT, tokens: Tensor, unseen_tokens: Tensor,
-                    settings, seed: int) -> dict:
+def train_reference(initial: GPT, tokens: Tensor, unseen_tokens: Tensor, settings, seed: int
+                    ) -> dict:
     """Train a language model on tokens (R, T) by maximum likelihood; a stage for `keep`.
 
     settings: lm_steps, lm_batch, lm_lr. Returns the model, and "nats", its mean cross-entropy per
@@ -61,4 +58,12 @@ def train_reference(initial: GPT, tokens: Tensor, unseen_tokens: Tensor,
     # The policy will be a copy of this model. So far, input embedding and output head share their
     # weights. The policy's head must be able to change without changing the embedding.
     model.untie_head()
-    return model_content(model) | {"nats": nats / count}
+    return {"model": model, "nats": nats / count}
+
+
+def lm_loss(model: GPT, tokens: Tensor) -> Tensor:  # (B, T) -> ()
+    """Mean cross-entropy per token, in nats. The first token is not predicted; the first
+    end-of-text is."""
+    mask = response_mask(tokens, model.eot)[:, 1:]
+    states = model.states(tokens[:, :-1])
+    return functional.cross_entropy(model.lm_head(states[mask]), tokens[:, 1:][mask])

@@ -1,70 +1,36 @@
-"""What a person reads and looks at: the table, progress lines, sampled responses, the picture."""
+"""What a person reads and looks at: notes, progress lines, the table, the picture."""
 import contextlib
 import io
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import tiktoken
 import torch
 from torch import Tensor
 
-import vbon
 from support.files import write_whole
-from support.seeding import seeded_generator
-from support.tokenizer import decode
+from support.statistics import bon_attains, share_of_ties, wins_of_target
 
-CONSTANT_REWARD = "All rewards of a prompt are the same: there is nothing to learn."
+# ------------------------------------------------------------------------ notes and progress lines
 
-# ------------------------------------------------------------------------------ the table
-
-def title(method: str, n: int) -> str:
-    """Return the name of a method in tables and pictures."""
-    names = {"ref": "reference", "bon": f"best of {n}", "vbon": "vBoN"}
-    return names.get(method, method)
-
-
-def print_table(rows: list[dict], ref_rewards: Tensor, length: int) -> None:
-    """Print the rows, and what best-of-N attains in theory with the held-out ref_rewards (P, M).
-
-    length: the largest number of tokens of a response.
-    """
-    print(f"\n{'':14}{'reward':>7}{'win rate':>13}{'KL to ref':>14}{'KL to BoN':>14}"
-          f"{'positive':>9}{'samples':>8}")
-    for row in rows:
-        line = f"{title(row['method'], row['n']):13}{row['reward']:#8.3g}"
-        for name, width in (("win_rate", 13), ("kl_ref", 14), ("kl_bon", 14)):
-            cell = f"{row[name]:.3f} ±{row[name + '_se']:.3f}"
-            line += cell.rjust(width)
-        print(line + f"{row['positive']:9.2f}{row['samples_per_answer']:8}")
-    n = rows[0]["n"]
-    kl, win = vbon.bon_attains(ref_rewards, n)
-    # with rare successes and a large n, too few samples are left to estimate a KL
-    kl = "" if math.isnan(kl) else f"{kl:.3f}"
-    print(f"{f'theory, n = {n}':21}{win:6.3f}{kl:>14}{0:14.3f}")
-    ties = share_of_ties(ref_rewards)
-    if ties == 1:
-        print("\n" + CONSTANT_REWARD)
-        return
-    if ties > 0.01:
-        print(f"\nIn {ties:.0%} of all pairs of reference responses, both have the same reward.")
-    print("\nKLs in nats per response; ± is the standard error over prompts. vBoN succeeded if "
-          "its\nrow is near the row of best-of-N, and its KL to BoN near 0, with 1 sample a "
-          "response.")
-    if max(row["cut"] for row in rows) > 0.01:
-        cells = [f"{title(row['method'], row['n'])} {row['cut']:.0%}" for row in rows]
-        print(f"Responses that do not end within {length} tokens, but are cut: {', '.join(cells)}.")
-
-
-def share_of_ties(rewards: Tensor) -> float:  # (P, M)
-    """Return the share of pairs of responses to the same prompt that have the same reward."""
-    m = rewards.shape[1]
-    same = rewards[:, :, None] == rewards[:, None, :]
-    # the pair of a response with itself is no pair
-    return (same.double().sum((1, 2)) - m).mean().item() / (m * (m - 1))
+def describe_text(text, settings, n: int) -> None:
+    """Print what the text is, and what a run with it cannot reach."""
+    m = settings.samples.m
+    prompts = len(text.prompts)
+    print(f"text: {len(text.tokens) + len(text.unseen_tokens)} reviews; {prompts} training prompts "
+          f"and {len(text.held_prompts)} held-out ones")
+    if prompts < min(64, settings.text.prompts):
+        print(f"note: only {prompts} different prompts to train on: so few may not carry over to "
+              f"others. With\n  more --prompt-tokens, fewer texts begin alike")
+    if text.cut > 0.1:
+        print(f"note: {text.cut:.0%} of the texts are cut; with --length {text.enough}, 10% would "
+              f"be")
+    wins = wins_of_target(n, m)
+    if wins < n / (n + 1) - 0.01:
+        print(f"note: M = {m} is small for n = {n}: even a perfect policy would win only "
+              f"{wins:.3f} ({n / (n + 1):.3f} by\n  best of {n}); raise --m")
 
 
 _last_line = {"at": 0.0}                                # when the last progress line was printed
@@ -93,48 +59,47 @@ def show_progress(label: str, done: int, total: int, began: float, stats: dict |
     else:
         print(f"{line:79.79}", flush=True)
 
+# ------------------------------------------------------------------------------ the table
 
-def no_print(*_: object) -> None:
-    """Print nothing: takes the place of `print`."""
-
-# ------------------------------------------------------------------------------ sampled responses
-
-def name_models(n: int, reference, policy) -> list[tuple]:
-    """Return the models of a run for `sample_text`: title, model, number of responses."""
-    return [("reference", reference, 1), (f"best of {n}", reference, n), ("vBoN", policy, 1)]
+def title(method: str, n: int) -> str:
+    """Return the name of a method in tables and pictures."""
+    names = {"ref": "reference", "bon": f"best of {n}", "vbon": "vBoN"}
+    return names.get(method, method)
 
 
-def sample_text(encoding: tiktoken.Encoding, prompts: Tensor, reward_fn, models: list, length: int,
-                seed: int) -> str:
-    """Return each prompt (P, T), followed by a response of each model with its reward, unedited.
+def print_table(rows: list[dict], ref_rewards: Tensor, length: int) -> None:
+    """Print the rows, and what best-of-N attains in theory with the held-out ref_rewards (P, M).
 
-    models: (title, model, n); the best of n responses is shown.
+    length: the largest number of tokens of a response.
     """
-    room = models[0][1].config["block_size"] - prompts.shape[1]
-    blocks = [[one_line(decode(encoding, prompt)) + " ..."] for prompt in prompts.tolist()]
-    for name, model, n in models:
-        generator = seeded_generator(prompts.device, "answers", seed)
-        response, _ = model.sample(prompts, n, min(length, room), generator)
-        reward = reward_fn(prompts, response).cpu()
-        best = vbon.best_of_n(reward, seeded_generator("cpu", "answers", seed)).tolist()
-        for i, j in enumerate(best):
-            words = one_line(decode(encoding, response[i, j].tolist()))
-            blocks[i].append(f"  {name:<12}{reward[i, j]:+6.2f}  ...{words}")
-    return "\n".join("\n".join(block) for block in blocks) + "\n"
+    print(f"\n{'':14}{'reward':>7}{'win rate':>13}{'KL to ref':>14}{'KL to BoN':>14}"
+          f"{'positive':>9}{'samples':>8}")
+    for row in rows:
+        line = f"{title(row['method'], row['n']):13}{row['reward']:#8.3g}"
+        for name, width in (("win_rate", 13), ("kl_ref", 14), ("kl_bon", 14)):
+            cell = f"{row[name]:.3f} ±{row[name + '_se']:.3f}"
+            line += cell.rjust(width)
+        print(line + f"{row['positive']:9.2f}{row['samples_per_answer']:8}")
+    n = rows[0]["n"]
+    kl, win = bon_attains(ref_rewards, n)
+    kl = "too few" if math.isnan(kl) else f"{kl:.3f}"
+    print(f"{f'theory, n = {n}':21}{win:6.3f}{kl:>14}{0:14.3f}")
+    if kl == "too few":
+        print(f"\ntoo few: in theory, best of {n} keeps a handful of the {ref_rewards.shape[1]} "
+              f"samples of a prompt, not enough\nto estimate a KL.")
+    ties = share_of_ties(ref_rewards)
+    if ties == 1:
+        print("\nAll rewards of a prompt are the same: there is nothing to learn.")
+        return
+    if ties > 0.01:
+        print(f"\nIn {ties:.0%} of all pairs of reference responses, both have the same reward.")
+    print("\nKLs in nats per response; ± is the standard error over prompts. vBoN succeeded if "
+          "its\nrow is near the row of best-of-N, and its KL to BoN near 0, with 1 sample a "
+          "response.")
+    if max(row["cut"] for row in rows) > 0.01:
+        cells = [f"{title(row['method'], row['n'])} {row['cut']:.0%}" for row in rows]
+        print(f"Responses that do not end within {length} tokens, but are cut: {', '.join(cells)}.")
 
-
-def samples_file(text: str, rows: list[dict], prompts: int) -> str:
-    """Return the content of samples.txt: what the numbers are, samples, and the mean rewards."""
-    n = rows[1]["n"]
-    means = ", ".join(f"{title(row['method'], n)} {row['reward']:.3g}" for row in rows)
-    return (f"The number before a response is its reward. Of best of {n}, the best of {n} "
-            f"responses is shown.\n\n{text}\n"
-            f"Mean reward over all {prompts} held-out prompts: {means}\n")
-
-
-def one_line(text: str) -> str:
-    """Return a text with its line breaks written as \\n, so that it stays in its row."""
-    return "\\n".join(text.splitlines())
 
 # ------------------------------------------------------------------------------ the picture
 
@@ -174,7 +139,7 @@ def plot_path(axes, rows: list[dict], ref_rewards: Tensor, history: list[dict]) 
     # best-of-n for every n, from the reference samples alone
     n = rows[1]["n"]
     policy = rows[2]
-    curve = [vbon.bon_attains(ref_rewards, i) for i in range(1, 3 * n + 1)]
+    curve = [bon_attains(ref_rewards, i) for i in range(1, 3 * n + 1)]
     axes.plot([kl for kl, _ in curve], [win for _, win in curve], ".-", color="tab:blue", lw=1,
               label="best of 1, 2, 3, ..., in theory")
     for i in sorted({max(1, n // 2), n, 2 * n}):
@@ -214,7 +179,7 @@ def figure(path: Path, columns: int, size: tuple[float, float], rows: int = 1) -
     matplotlib's settings are its own defaults here, and afterwards those of the caller again: a
     notebook may have changed them. The import is here, so that --help need not wait for it.
     """
-    matplotlib = _import_matplotlib()
+    import matplotlib
     from matplotlib.figure import Figure
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -226,16 +191,3 @@ def figure(path: Path, columns: int, size: tuple[float, float], rows: int = 1) -
         picture = io.BytesIO()
         whole.savefig(picture, format="png", dpi=120)
     write_whole(path, picture.getvalue())
-
-
-def _import_matplotlib():
-    """Import matplotlib, also where MPLBACKEND names a backend that is not installed."""
-    backend = os.environ.pop("MPLBACKEND", None)
-    import matplotlib
-    if backend is not None:
-        os.environ["MPLBACKEND"] = backend
-        try:
-            matplotlib.rcParams["backend"] = backend
-        except ValueError:                              # not installed; we need none
-            pass
-    return matplotlib

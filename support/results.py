@@ -1,60 +1,108 @@
-"""What a run leaves: the lines of results.jsonl, and trained models as Hugging Face folders."""
+"""What a run leaves in its folder: lines of results, responses, models; and sampling from these."""
 import argparse
 import json
-import uuid
 from pathlib import Path
 
 import tiktoken
+import torch
+from torch import Tensor
 
+import vbon
 from model import GPT
-from support.code import code_of_module
-from support.digest import digest, weights
-from support.files import UnusableInput, read_json
-from support.files import lock, replace_folder, write_whole
-from support.huggingface import save_generation_config, save_model
-from support.processes import rank
-from support.tokenizer import save_tokenizer
+from reward import Classifier
+from support.files import UnusableInput, read_json, write_lines, write_whole
+from support.huggingface import load_model, save_generation_config, save_model
+from support.inputs import Inputs, choose_device
+from support.kept import code_mark, digest, load, save
+from support.own_reward import OwnReward, RewardFile
+from support.report import plot_run, title
+from support.reviews import normalise
+from support.sampling import seeded_generator
+from support.settings import flat
+from support.text import Text
+from support.tokenizer import decode, pretrained_encoding, save_tokenizer
 
-# every line of results.jsonl has these metrics, and newer ones a few more
+# every line of results.jsonl has these metrics, and some have a few more
 ALWAYS = ("reward", "reward_se", "win_rate", "win_rate_se", "kl_ref", "kl_ref_se", "kl_bon",
           "kl_bon_se", "positive", "samples_per_answer", "seconds")
 KEYS = ("method", "n", "seed", "beta", *ALWAYS)
-METRICS = (*ALWAYS, "cut", "theory_win_rate", "theory_kl", "decoded_win_rate",
-           "decoded_win_rate_se")
+METRICS = (*ALWAYS, "cut", "decoded_win_rate", "decoded_win_rate_se")
+
+
+def leave(args: argparse.Namespace, run, best: Tensor, made_by: dict) -> None:
+    """Write everything that stays of a run of train.py, and print where it is.
+
+    best (P, G): the rewards of best-of-n. made_by: the settings for the lines of results.jsonl.
+    """
+    out = Path(args.out)
+    world = run.world
+    encoding = world.text.encoding
+    name = f"n{run.n}-seed{run.seed}"
+    # the column beta is for methods in experiments/
+    lines = [row | {"seed": run.seed, "beta": None} | made_by for row in run.rows]
+    add_results(out, lines)
+    rewards = [world.candidates.reward, best, run.evaluated["reward"]]
+    plot_run(out / "vbon.png", run.rows, rewards, world.held_out.reward, run.history)
+
+    # ---- responses: some to read, all to compute with
+    models = [("reference", world.reference, 1), (f"best of {run.n}", world.reference, run.n),
+              ("vBoN", run.policy, 1)]
+    prompts = world.held_out.prompt[:8].to(world.reference.wte.weight.device)
+    some = sample_text(encoding, prompts, world.reward, models, world.text.length, run.seed)
+    means = ", ".join(f"{title(row['method'], run.n)} {row['reward']:.3g}" for row in run.rows)
+    some = (f"The number before a response is its reward. Of best of {run.n}, the best of {run.n} "
+            f"responses is shown.\n\n{some}\nMean reward over all held-out prompts: {means}\n")
+    write_whole(out / "samples.txt", some.encode("utf-8"))
+    write_records(out, name, run)
+
+    # ---- the models, and what `sample_run` needs beside them
+    kept = {"length": world.text.length, "reward": args.reward}
+    if args.reward is None:
+        kept["classifier"] = world.reward.__self__.state_dict()
+    save(out / "cache" / f"run-{name}.pt", kept)
+    given = {"given": {"data": args.data, "reward": args.reward, "init": args.init}}
+    export_model(out / f"reference-seed{run.seed}", world.reference, encoding, lines[0] | given)
+    export_model(out / f"policy-{name}", run.policy, encoding, lines[-1] | given)
+    if args.quick:
+        print("\n--quick shows only that the program runs: its models are hardly trained.")
+    print(f"\n{out}/ holds the picture vbon.png, some responses in samples.txt and all in "
+          f"responses-*.jsonl,\nthe policy in policy-{name}, the reference in "
+          f"reference-seed{run.seed}")
 
 # -------------------------------------------------------------------------------- results.jsonl
 
 def read_results(out: Path) -> list[dict]:
     """Return the lines of results.jsonl in the folder `out`; none if there is no such file.
 
-    Raises UnusableInput if one of the lines is not a result.
+    A line that was cut short by a kill is left out. Raises UnusableInput if one of the others is
+    not a result.
     """
     path = out / "results.jsonl"
-    if not path.exists():
-        return []
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not set(KEYS) <= row.keys():
-            raise UnusableInput(f"{path}, line {number}: not a result; delete this line, or move "
-                                f"the file away")
-        rows.append(row)
+    if path.exists():
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict) or not set(KEYS) <= row.keys():
+                raise UnusableInput(f"{path}, line {number}: not a result; delete this line, or "
+                                    f"move the file away")
+            rows.append(row)
     return rows
 
 
 def add_results(out: Path, rows: list[dict]) -> None:
-    """Append rows to results.jsonl. A row replaces an older one with the same settings."""
-    with lock(out):
-        kept = {}
-        for row in read_results(out) + rows:
-            name = json.dumps(settings_of(row), sort_keys=True)
-            # metrics that only the older one has, stay
-            kept[name] = kept.get(name, {}) | row
-        lines = [json.dumps(row) + "\n" for row in kept.values()]
-        write_whole(out / "results.jsonl", "".join(lines).encode("utf-8"))
+    """Append those rows to results.jsonl whose settings are not there already."""
+    known = [settings_of(row) for row in read_results(out)]
+    with open(out / "results.jsonl", "ab+") as file:
+        # a kill may have left a part of a line at the end
+        file.seek(0)
+        content = file.read()
+        if not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+        lines = [json.dumps(row) + "\n" for row in rows if settings_of(row) not in known]
+        file.write("".join(lines).encode("utf-8"))
 
 
 def settings_of(row: dict) -> dict:
@@ -62,75 +110,136 @@ def settings_of(row: dict) -> dict:
     return {name: value for name, value in row.items() if name not in METRICS}
 
 
-def describe(settings, text, inputs, stages: tuple) -> dict:
-    """Return all that a result depends on besides method, N, β and seed: a part of its line.
-
-    stages: the functions and the names of the modules whose code made it.
-    """
-    own_reward = inputs.own_reward
-    pretrained = inputs.pretrained
-    return settings.flat() | {
+def describe(settings, text: Text, inputs: Inputs, quick: bool) -> dict:
+    """Return all that a result depends on besides method, N, β and seed: a part of its line."""
+    return flat(settings) | inputs.described() | {
         # a small text may have fewer tokens and prompts than the settings ask for
         "vocab": text.encoding.n_vocab,
+        "length": text.length,
         "prompts": len(text.prompts),
         "held_prompts": len(text.held_prompts),
-        "data": inputs.reviews and digest(inputs.reviews),
-        # of a model that a run left: the "weights" in its settings.json
-        "init": pretrained and digest(weights(pretrained.model)),
-        "init_vocabulary": pretrained and digest(pretrained.encoding),
-        "reward_file": own_reward and digest(own_reward),
-        "device": inputs.device.type,
-        "quick": inputs.quick,
-        "code": code_mark(stages),
+        "quick": quick,
+        "code": code_mark(),
     }
 
+# ------------------------------------------------------------------------------------ responses
 
-def code_mark(stages: tuple) -> str:
-    """Return a short name for code: functions, and modules by their names."""
-    return digest([code_of_module(x) if isinstance(x, str) else x for x in stages])
+def write_records(out: Path, name: str, run) -> None:
+    """Write held-out prompts, all responses of the evaluation, and the history of training."""
+    world = run.world
+    encoding = world.text.encoding
+    prompts = world.held_out.prompt
+    records = [{"prompt_id": i, "prompt": decode(encoding, ids), "tokens": ids}
+               for i, ids in enumerate(prompts.tolist())]
+    write_lines(out / f"held-out-prompts-seed{run.seed}.jsonl", records)
+    write_lines(out / f"history-{name}.jsonl",
+                [{"step": i + 1} | stats for i, stats in enumerate(run.history)])
+    rows = []
+    for use, samples in (("estimates F", world.held_out), ("candidate", world.candidates)):
+        found = {"response": samples.response, "reward": samples.reward,
+                 "logprob": samples.logprob, "ref_logprob": samples.logprob,
+                 "token_kl": torch.zeros_like(samples.logprob)}
+        rows += response_records("ref", use, prompts, found, encoding)
+    write_lines(out / f"responses-reference-seed{run.seed}.jsonl", rows)
+    rows = response_records("vbon", "evaluation", prompts, run.evaluated, encoding)
+    write_lines(out / f"responses-policy-{name}.jsonl", rows)
 
-# ------------------------------------------------------------------------------ folders of models
 
-def check_folders(args: argparse.Namespace, folders: list[Path]) -> None:
-    """Refuse, before any work, to overwrite a model that --init reads, or that is not ours."""
-    if args.sample is not None:
-        return                                          # such a run writes no models
-    for folder in folders:
-        if not folder.exists():
-            continue
-        if args.init is not None and Path(args.init).resolve() == folder.resolve():
-            raise UnusableInput(f"--init {args.init}: this run would overwrite it; give another "
-                                f"--out")
-        if not (folder / "settings.json").is_file():
-            raise UnusableInput(f"{folder}: not made by this program; move it away")
-        read_json(folder / "settings.json")             # if it is damaged, say so now
+def response_records(method: str, use: str, prompts: Tensor, found: dict,
+                     encoding: tiktoken.Encoding) -> list[dict]:
+    """Return a record for each response: texts, reward, and log-probabilities in nats.
+
+    found: response (P, K, L); reward, logprob, ref_logprob and token_kl (P, K). logprob is that of
+    the method which sampled the response. The means over these records are the rows of the table.
+    """
+    names = ("reward", "logprob", "ref_logprob", "token_kl")
+    numbers = {name: found[name].tolist() for name in names}
+    rows = []
+    for i, ids in enumerate(prompts.tolist()):
+        prompt = decode(encoding, ids)
+        for j, response in enumerate(found["response"][i].tolist()):
+            row = {"method": method, "use": use, "prompt_id": i, "prompt": prompt,
+                   "response": decode(encoding, response)}
+            rows.append(row | {name: numbers[name][i][j] for name in names})
+    return rows
 
 
-def export_model(folder: Path, model: GPT, encoding: tiktoken.Encoding, row: dict,
-                 paths: dict | None = None) -> None:
+def sample_text(encoding: tiktoken.Encoding, prompts: Tensor, reward_fn, models: list, length: int,
+                seed: int) -> str:
+    """Return each prompt (P, T), followed by a response of each model with its reward, unedited.
+
+    models: (title, model, n); the best of n responses is shown.
+    """
+    room = models[0][1].config["block_size"] - prompts.shape[1]
+    blocks = [[one_line(decode(encoding, prompt)) + " ..."] for prompt in prompts.tolist()]
+    for name, model, n in models:
+        generator = seeded_generator(prompts.device, "answers", seed)
+        response, _ = model.sample(prompts, n, min(length, room), generator)
+        reward = reward_fn(prompts, response).cpu()
+        best = vbon.best_of_n(reward, seeded_generator("cpu", "answers", seed)).tolist()
+        for i, j in enumerate(best):
+            words = one_line(decode(encoding, response[i, j].tolist()))
+            blocks[i].append(f"  {name:<12}{reward[i, j]:+6.2f}  ...{words}")
+    return "\n".join("\n".join(block) for block in blocks) + "\n"
+
+
+def one_line(text: str) -> str:
+    """Return a text with its line breaks written as \\n, so that it stays in its row."""
+    return "\\n".join(text.splitlines())
+
+# --------------------------------------------------------------------------------------- models
+
+def export_model(folder: Path, model: GPT, encoding: tiktoken.Encoding, row: dict) -> None:
     """Write a Hugging Face folder: model, tokenizer, and settings.json with the settings of `row`.
 
-    paths: those on the command line, as they were given; settings.json names them too.
-
-    With its generation_config.json, transformers samples from the model's own distribution.
-
-    The folder is written under a temporary name next to it, and then renamed. It replaces an older
-    one.
+    With its generation_config.json, transformers samples from the model's own distribution. The
+    folder is complete when settings.json, which is written last, is there.
     """
-    if rank() != 0:
-        return
-    out = folder.parent
-    folder = folder.resolve()                           # it may be a link to another disk
-    new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
-    save_model(model, new)
-    save_tokenizer(encoding, new, model.config["block_size"])
-    save_generation_config(new, model, row["prompt_tokens"] + row["length"])
-    settings = settings_of(row) | {"weights": digest(weights(model))} | (paths or {})
-    content = json.dumps(settings, indent=2) + "\n"
-    (new / "settings.json").write_text(content, encoding="utf-8")
-    with lock(out):
-        if folder.exists():
-            if read_json(folder / "settings.json").get("weights") != settings["weights"]:
-                print(f"  {out / folder.name} was made with other settings: it is replaced\n"
-                      f"  (the command that made it makes it again)")
-        replace_folder(new, folder)
+    settings = settings_of(row) | {"weights": digest(model.state_dict())}
+    last = folder / "settings.json"
+    if last.exists():
+        if read_json(last).get("weights") != settings["weights"]:
+            print(f"  {folder} was made with other settings: it is replaced\n"
+                  f"  (the command that made it makes it again)")
+        last.unlink()
+    save_model(model, folder)
+    save_tokenizer(encoding, folder, model.config["block_size"])
+    save_generation_config(folder, model, row["prompt_tokens"] + row["length"])
+    write_whole(last, (json.dumps(settings, indent=2) + "\n").encode("utf-8"))
+
+
+@torch.no_grad()
+def sample_run(args: argparse.Namespace) -> str:
+    """Return three responses of each model of a finished run to the prompt of --sample.
+
+    Raises UnusableInput if the folder holds no such run.
+    """
+    out = Path(args.out)
+    name = f"n{args.n}-seed{args.seed}"
+    folder = out / f"policy-{name}"
+    reference_folder = out / f"reference-seed{args.seed}"
+    kept = load(out / "cache" / f"run-{name}.pt")
+    complete = [(place / "settings.json").exists() for place in (folder, reference_folder)]
+    if kept is None or not all(complete):
+        found = ", ".join(sorted(path.name for path in out.glob("policy-n*"))) or "none"
+        raise UnusableInput(f"--sample: {out} holds no finished run with --n {args.n} --seed "
+                            f"{args.seed} (policies there: {found}); train.py without --sample "
+                            f"makes one")
+    device = choose_device(args.device)
+    encoding = pretrained_encoding(folder)
+    policy = load_model(folder).to(device)
+    reference = load_model(reference_folder).to(device)
+    ids = encoding.encode_ordinary(normalise(args.sample))
+    if len(ids) >= policy.config["block_size"]:
+        raise UnusableInput(f"--sample: want fewer than {policy.config['block_size']} tokens, got "
+                            f"{len(ids)}")
+    if "classifier" in kept:
+        classifier = Classifier(encoding.n_vocab)
+        classifier.load_state_dict(kept["classifier"])
+        reward_fn = classifier.to(device).reward
+    else:
+        reward_fn = OwnReward(RewardFile(kept["reward"]), encoding, out / "cache")
+    models = [("reference", reference, 1), (f"best of {args.n}", reference, args.n),
+              ("vBoN", policy, 1)]
+    prompt = torch.tensor(ids, device=device).repeat(3, 1)
+    return sample_text(encoding, prompt, reward_fn, models, kept["length"], args.seed)

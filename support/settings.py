@@ -1,44 +1,56 @@
-"""The settings for your own text, another model and a large N, and for --quick."""
+"""Settings: how each is declared, and what other texts and models, a large N and --quick change."""
 import argparse
 import dataclasses
+import math
 
 from support.files import UnusableInput
 from support.inputs import Inputs
-from support.processes import world_size
 
 
-class AllSettings:
-    """Base of a dataclass with a field for each stage, which holds the settings of this stage."""
-
-    def change(self, **values: float) -> "AllSettings":
-        """Return settings with these values, each in all stages that have a setting of its name."""
-        unknown = values.keys() - self.flat().keys()
-        if unknown:
-            raise TypeError(f"no such settings: {', '.join(sorted(unknown))}")
-        stages = {}
-        for stage in dataclasses.fields(self):
-            old = getattr(self, stage.name)
-            own = {name: value for name, value in values.items() if hasattr(old, name)}
-            stages[stage.name] = dataclasses.replace(old, **own)
-        return dataclasses.replace(self, **stages)
-
-    def flat(self) -> dict:
-        """Return the settings of all stages, by name."""
-        found = {}
-        for stage in dataclasses.asdict(self).values():
-            found |= stage
-        return found
+def setting(default: int | float, help: str, least: int | float = 1) -> dataclasses.Field:
+    """Return a field of a dataclass of settings. It is also a flag, with this help."""
+    return dataclasses.field(default=default, metadata={"help": help, "least": least})
 
 
-def choose_settings(s: AllSettings, args: argparse.Namespace, n: int, inputs: Inputs
-                    ) -> AllSettings:
-    """Return the settings for this kind of text and model, from those for the built-in text."""
-    s = s.change(prompt_tokens=args.prompt_tokens or 4, length=args.length or s.text.length,
-                 processes=world_size())
+def all_fields(settings) -> list[dataclasses.Field]:
+    """Return the fields of all stages."""
+    stages = [getattr(settings, stage.name) for stage in dataclasses.fields(settings)]
+    return [field for stage in stages for field in dataclasses.fields(stage)]
+
+
+def flat(settings) -> dict[str, int | float]:
+    """Return the settings of all stages, by name."""
+    found = {}
+    for stage in dataclasses.asdict(settings).values():
+        found |= stage
+    return found
+
+
+def change(settings, **values: int | float):
+    """Return settings with these values, each in the stage that has a setting of its name."""
+    stages = {}
+    for stage in dataclasses.fields(settings):
+        old = getattr(settings, stage.name)
+        own = {name: values.pop(name) for name in list(values) if hasattr(old, name)}
+        stages[stage.name] = dataclasses.replace(old, **own)
+    if values:
+        raise TypeError(f"no such settings: {', '.join(values)}")
+    return dataclasses.replace(settings, **stages)
+
+
+def choose_settings(s, args: argparse.Namespace, n: int, inputs: Inputs):
+    """Return the settings of a run, from those for the built-in text.
+
+    Raises UnusableInput for flags that do not fit the text and the model.
+    """
+    given = {field.name: getattr(args, field.name) for field in all_fields(s)
+             if getattr(args, field.name) is not None}
+    prompt_tokens = given.get("prompt_tokens", s.text.prompt_tokens)
     if inputs.reviews is not None:
         # real text has more distinct words and sentences than the built-in one: more of everything
         count = len(inputs.reviews)
-        s = s.change(
+        s = change(
+            s,
             reviews=count,
             vocab=min(2048, max(512, count // 4)),
             lm_steps=min(2000, count // 3),             # about twenty passes over the reviews
@@ -46,15 +58,13 @@ def choose_settings(s: AllSettings, args: argparse.Namespace, n: int, inputs: In
             epochs=6,
             m=128,
             steps=600,
-            length=args.length or 0,                    # chosen when the text is read
+            length=0,                                   # chosen when the text is read
         )
     if inputs.pretrained is not None:
         # GPT-2 knows English already, and one update of it takes minutes on two cores
         size = inputs.pretrained.model.config
-        room = size["block_size"] - s.text.prompt_tokens
-        if room < 1:
-            raise UnusableInput("--init: this model has no room for a prompt and a response")
-        s = s.change(
+        s = change(
+            s,
             vocab=size["vocab_size"],
             layers=size["n_layer"],
             heads=size["n_head"],
@@ -65,32 +75,50 @@ def choose_settings(s: AllSettings, args: argparse.Namespace, n: int, inputs: In
             m=64,
             held_prompts=32,
             steps=250,
-            length=min(s.text.length, room),
+            length=min(s.text.length, size["block_size"] - prompt_tokens),
         )
     if args.quick:
-        s = s.change(lm_steps=10, epochs=1, prompts=8, m=16, held_prompts=8, m_eval=64, steps=3,
-                     batch=4, k=4, k_eval=8)
+        s = change(s, lm_steps=10, epochs=1, prompts=8, m=16, held_prompts=8, m_eval=64, steps=3,
+                   batch=4, k=4, k_eval=8)
         if inputs.pretrained is None:
-            s = s.change(vocab=400, width=32)
+            s = change(s, vocab=400, width=32)
         if inputs.reviews is None:
-            s = s.change(reviews=600)
+            s = change(s, reviews=600)
     if n > 8:
         # For a large N, poor responses must become very improbable. The policy samples them ever
         # more rarely, so it learns this slowly.
-        s = s.change(steps=3 * s.tuning.steps)
+        s = change(s, steps=3 * s.tuning.steps)
     # last, the command line
-    for name in ("lm_steps", "steps", "m"):
-        value = getattr(args, name)
-        if value is not None:
-            s = s.change(**{name: value})
+    s = change(s, **given)
+    _check(s, given, n, inputs)
     return s
 
 
-def check_settings(s: AllSettings, args: argparse.Namespace, n: int) -> None:
-    """Raise UnusableInput for flags that do not fit the text and the model."""
+def _check(s, given: dict, n: int, inputs: Inputs) -> None:
+    """Raise UnusableInput for values that are out of range, or do not fit together."""
+    for field in all_fields(s):
+        least = field.metadata["least"]
+        value = given.get(field.name, least)
+        if not least <= value < math.inf:
+            raise UnusableInput(f"{flag(field.name)} {value}: want at least {least}")
+    fixed = ["reviews"] if inputs.reviews is not None else []
+    if inputs.pretrained is not None:
+        fixed += ["vocab", "layers", "heads", "width"]
+        room = inputs.pretrained.model.config["block_size"] - s.text.prompt_tokens
+        if room < max(1, s.text.length):
+            raise UnusableInput(f"--init: this model has room for {room} tokens behind a prompt, "
+                                f"want {max(1, s.text.length)}")
+    for name in fixed:
+        if name in given:
+            raise UnusableInput(f"{flag(name)}: it is given by --data or --init")
+    if s.reference.width % s.reference.heads != 0:
+        raise UnusableInput(f"--width {s.reference.width}: want a multiple of --heads "
+                            f"{s.reference.heads}")
     if n > s.samples.m_eval:
         raise UnusableInput(f"--n {n}: want at most {s.samples.m_eval}, the number of samples that "
                             f"best-of-N is evaluated with")
-    if args.length is not None and args.length > s.text.length:
-        raise UnusableInput(f"--length {args.length}: the model of --init has room for "
-                            f"{s.text.length}")
+
+
+def flag(name: str) -> str:
+    """Return the flag of a setting: --lm-steps for lm_steps."""
+    return "--" + name.replace("_", "-")

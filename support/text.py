@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from support.files import UnusableInput
-from support.inputs import Inputs
+from support.inputs import Pretrained
 from support.reviews import builtin_reviews
 from support.tokenizer import pad, train_tokenizer
 
@@ -29,19 +29,21 @@ class Text(NamedTuple):
 LONGEST = 64                        # tokens of a response, unless --length is given
 
 
-def make_text(inputs: Inputs, settings, seed: int) -> Text:
-    """Return the reviews as tokens, and the prompts.
+def make_text(reviews: list | None, pretrained: Pretrained | None, settings, seed: int) -> Text:
+    """Return the reviews, or the built-in ones, as tokens, and the prompts.
 
     settings: reviews, vocab, prompt_tokens, length, prompts, held_prompts. A length of 0 is chosen
     here: it cuts a tenth of the reviews, but it is at most LONGEST, and at most what a model of
     --init has room for. Raises UnusableInput if the text has too few different prompts.
     """
-    reviews = list(inputs.reviews or builtin_reviews(settings.reviews, seed))
+    reviews = list(reviews or builtin_reviews(settings.reviews, seed))
     random.Random(seed).shuffle(reviews)
     texts = [text for text, _ in reviews]
     labels = torch.tensor([label for _, label in reviews])
-    if inputs.pretrained is not None:
-        encoding = inputs.pretrained.encoding
+    room = LONGEST
+    if pretrained is not None:
+        encoding = pretrained.encoding
+        room = min(room, pretrained.model.config["block_size"] - settings.prompt_tokens)
     else:
         encoding = train_tokenizer(texts[:2000], settings.vocab)
     rows = [encoding.encode_ordinary(text) for text in texts]
@@ -49,7 +51,7 @@ def make_text(inputs: Inputs, settings, seed: int) -> Text:
     # how many tokens follow the prompt, with end-of-text
     following = torch.tensor([len(row) + 1 - settings.prompt_tokens for row in rows])
     enough = max(1, int(following.double().quantile(0.9).ceil()))
-    length = settings.length or min(enough, LONGEST, room_for_responses(inputs, settings))
+    length = settings.length or min(enough, room)
     cut = (following > length).double().mean().item()
     tokens = pad(rows, settings.prompt_tokens + length, encoding.eot_token)
 
@@ -65,13 +67,6 @@ def make_text(inputs: Inputs, settings, seed: int) -> Text:
     unseen = max(16, len(reviews) // 20)
     return Text(encoding, length, cut, enough, tokens[unseen:], labels[unseen:], tokens[:unseen],
                 labels[:unseen], prompts[held:last], prompts[:held])
-
-
-def room_for_responses(inputs: Inputs, settings) -> int:
-    """Return the largest length that a model of --init has positions for."""
-    if inputs.pretrained is None:
-        return LONGEST
-    return inputs.pretrained.model.config["block_size"] - settings.prompt_tokens
 
 
 def is_prompt(encoding: tiktoken.Encoding, ids: list[int]) -> bool:
