@@ -67,7 +67,7 @@ def make_parser(description: str, settings, several: bool = False) -> Parser:
     for stage in dataclasses.fields(settings):
         values = getattr(settings, stage.name)
         group = parser.add_argument_group(
-            f"settings: {stage.name}", f"{values.__doc__} Other texts and models have other "
+            f"settings: {stage.name}", f"{values.__doc__}\nOther texts and models have other "
             f"defaults (support/settings.py).")
         for field in dataclasses.fields(values):
             group.add_argument(flag(field.name), type=type(field.default), metavar="X",
