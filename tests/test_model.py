@@ -52,6 +52,20 @@ def test_the_model_looks_only_back_and_at_all_of_it():
         assert (moved[:, place:] > 1e-3).all()
 
 
+@torch.no_grad()
+def test_each_layer_adds_to_the_residual_stream():
+    """With the biases alone, without the weights that read from it."""
+    model = small_gpt()
+    tokens = some_tokens()
+    stream = model.wte(tokens) + model.wpe(torch.arange(12))
+    for i, block in enumerate(model.h):
+        for layer, bias in ((block.attn.c_proj, 0.3 + i), (block.mlp.c_proj, -2.0)):
+            layer.weight.zero_()
+            layer.bias.copy_(bias * torch.arange(16))
+            stream = stream + layer.bias
+    assert torch.allclose(model.states(tokens), model.ln_f(stream), rtol=0, atol=1e-4)
+
+
 def test_new_weights_are_as_large_as_gpt2s():
     model = GPT(300, 40, n_layer=2, n_head=2, n_embd=64, generator=torch.Generator().manual_seed(0))
     for name, p in model.named_parameters():
