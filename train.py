@@ -31,17 +31,16 @@ from reward import accuracy, train_classifier
 from support import options, report, results
 from support.inputs import Inputs, read_inputs
 from support.kept import keep, resume, save_checkpoint
-from support.own_reward import OwnReward, try_reward
-from support.reference_model import initial_model, train_reference
+from support.own_reward import OwnReward
+from support.reference_model import train_reference
 from support.sampling import compute_rewards, sample_responses, seeded_generator
 from support.settings import choose_settings, setting
 from support.statistics import mean_and_error
 from support.text import Text, make_text
 
 # ------------------------------------------------------------------------------------- the settings
-#
-# The defaults belong to the built-in text; support/settings.py has those for other texts. Each is
-# also a flag: --lm-steps 500.
+# Each is a flag: --lm-steps 500. The defaults belong to the built-in text; support/settings.py has
+# those for other texts.
 
 @dataclass(frozen=True)
 class TextSettings:
@@ -110,8 +109,7 @@ TUNING = (*JUDGING, "train", "vbon")
 def main(argv: list[str] | None = None) -> "Run | None":
     """One N, one seed: from text to a policy, then a table, a picture and samples of it.
 
-    Returns what the run has, from its cache if it is there; None with --sample. Raises
-    UnusableInput for wrong arguments and inputs.
+    Returns all of it; None with --sample. Raises UnusableInput for wrong arguments and inputs.
     """
     began = time.monotonic()
     args = options.make_parser(__doc__, Settings()).parse_args(argv)
@@ -126,7 +124,8 @@ def main(argv: list[str] | None = None) -> "Run | None":
     settings = choose_settings(Settings(), args, n, inputs)
 
     # ---- text, reward, reference model, reference samples
-    world = prepare(inputs, settings, out / "cache", n, seed)
+    report.note_small_m(settings.samples.m, n)
+    world = prepare(inputs, settings, out / "cache", seed)
 
     # ---- fine-tuning: make one sample of the policy as good as the best of n
     method = Method(f"vBoN n={n}", ("vbon", n), vbon_gradient)
@@ -185,21 +184,17 @@ class Run(NamedTuple):
     history: list[dict]             # what was watched in each update
 
 
-def prepare(inputs: Inputs, settings: Settings, cache: Path, n: int, seed: int) -> World:
-    """Run the first stages: text, reward, reference model, reference samples.
-
-    They do not depend on n, but a note says if there are too few reference samples for it.
-    """
+def prepare(inputs: Inputs, settings: Settings, cache: Path, seed: int) -> World:
+    """Run the first stages: text, reward, reference model, reference samples."""
     device = inputs.device
 
     # ---- text: reviews, their tokens, and prompts
     text = make_text(inputs.reviews, inputs.pretrained, settings.text, seed)
-    report.describe_text(text, settings, n)
 
     # ---- reward: the logit of a sentiment classifier, or your own function
     if inputs.own_reward is not None:
-        try_reward(inputs.own_reward, text.encoding, text.tokens, settings.text.prompt_tokens)
         reward = OwnReward(inputs.own_reward, text.encoding, cache)
+        reward.try_out(text.tokens, settings.text.prompt_tokens)
     else:
         # it takes a second, so it is not kept
         classifier = train_classifier(text.tokens, text.labels, text.encoding.n_vocab,
@@ -210,10 +205,10 @@ def prepare(inputs: Inputs, settings: Settings, cache: Path, n: int, seed: int) 
         reward = classifier.to(device).reward
 
     # ---- reference model: a language model of the reviews
-    initial = initial_model(inputs.pretrained, text, settings.reference, seed).to(device)
-    trained = keep(cache, f"reference-model-seed{seed}", train_reference, initial, text.tokens,
-                   text.unseen_tokens, settings.reference, seed,
-                   code=(*SAMPLING, "support.reference_model"))
+    initial = inputs.pretrained.model if inputs.pretrained is not None else None
+    trained = keep(cache, f"reference-model-seed{seed}", train_reference, initial,
+                   text.encoding.n_vocab, text.tokens, text.unseen_tokens, settings.reference, seed,
+                   device.type, code=(*SAMPLING, "support.reference_model"))
     reference = trained["model"].to(device)
     print(f"reference model: a perplexity of {math.exp(trained['nats']):.1f} on unseen reviews")
 
@@ -230,8 +225,7 @@ def prepare(inputs: Inputs, settings: Settings, cache: Path, n: int, seed: int) 
                       sampled["response"], name, device.type, code=JUDGING)
         found.append(Samples(prompts, sampled["response"], sampled["logprob"], judged["reward"],
                              sampled["seconds"] + judged["seconds"]))
-    samples, held_out, candidates = found
-    return World(text, reference, reward, samples, held_out, candidates)
+    return World(text, reference, reward, *found)
 
 # ------------------------------------------------------------------------------------- fine-tuning
 

@@ -15,18 +15,8 @@ from support.statistics import bon_attains, share_of_ties, wins_of_target
 
 # ------------------------------------------------------------------------ notes and progress lines
 
-def describe_text(text, settings, n: int) -> None:
-    """Print what the text is, and what a run with it cannot reach."""
-    m = settings.samples.m
-    prompts = len(text.prompts)
-    print(f"text: {len(text.tokens) + len(text.unseen_tokens)} reviews; {prompts} training prompts "
-          f"and {len(text.held_prompts)} held-out ones")
-    if prompts < min(64, settings.text.prompts):
-        print(f"note: only {prompts} different prompts to train on: so few may not carry over to "
-              f"others. With\n  more --prompt-tokens, fewer texts begin alike")
-    if text.cut > 0.1:
-        print(f"note: {text.cut:.0%} of the texts are cut; with --length {text.enough}, 10% would "
-              f"be")
+def note_small_m(m: int, n: int) -> None:
+    """Print what a perfect policy would attain, if M reference samples are few for this n."""
     wins = wins_of_target(n, m)
     if wins < n / (n + 1) - 0.01:
         print(f"note: M = {m} is small for n = {n}: even a perfect policy would win only "
