@@ -116,7 +116,6 @@ def main(argv: list[str] | None = None) -> "Run | None":
     settings = choose_settings(Settings(), args, n, inputs)
 
     # ---- text, reward, reference model, reference samples
-    report.note_small_m(settings.samples.m, n)
     world = prepare(inputs, settings, out / "cache", seed)
 
     # ---- fine-tuning: make one sample of the policy as good as the best of n

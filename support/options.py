@@ -31,7 +31,8 @@ def make_parser(description: str, settings, several: bool = False) -> Parser:
     Each setting is a flag. With `several`, --n and --seed take any number of values, else one.
     """
     parser = Parser(description=description, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    epilog="Other texts and models have other settings: see support/settings.py.")
     nargs = "+" if several else None
     run = parser.add_argument_group("the run")
     run.add_argument("--n", type=positive_integer, nargs=nargs, default=[4] if several else 4,
@@ -66,9 +67,7 @@ def make_parser(description: str, settings, several: bool = False) -> Parser:
 
     for stage in dataclasses.fields(settings):
         values = getattr(settings, stage.name)
-        group = parser.add_argument_group(
-            f"settings: {stage.name}", f"{values.__doc__} Other texts and models have other "
-            f"defaults (support/settings.py).")
+        group = parser.add_argument_group(f"settings: {stage.name}", values.__doc__)
         for field in dataclasses.fields(values):
             group.add_argument(flag(field.name), type=type(field.default), metavar="X",
                                help=f"{field.metadata['help']} (built-in text: {field.default:g})")

@@ -1,4 +1,4 @@
-"""What a person reads and looks at: notes, progress lines, the table, the picture."""
+"""What a person reads and looks at: progress lines, the table, the picture."""
 import contextlib
 import io
 import math
@@ -11,43 +11,28 @@ import torch
 from torch import Tensor
 
 from support.files import write_whole
-from support.statistics import bon_attains, share_of_ties, wins_of_target
+from support.statistics import bon_attains, share_of_ties
 
-# ------------------------------------------------------------------------ notes and progress lines
-
-def note_small_m(m: int, n: int) -> None:
-    """Print what a perfect policy would attain, if M reference samples are few for this n."""
-    wins = wins_of_target(n, m)
-    if wins < n / (n + 1) - 0.01:
-        print(f"note: M = {m} is small for n = {n}: even a perfect policy would win only "
-              f"{wins:.3f} ({n / (n + 1):.3f} by\n  best of {n}); raise --m")
-
+# --------------------------------------------------------------------------------- progress lines
 
 _last_line = {"at": 0.0}                                # when the last progress line was printed
 
 
 def show_progress(label: str, done: int, total: int, began: float, stats: dict | None = None
                   ) -> None:
-    """Print a progress line: in a terminal one that changes, in a file one for each quarter of the
-    work, and at least one in 30 seconds."""
+    """Print a progress line with an estimate of the time: in a terminal one that changes, in a file
+    the first one, one for each quarter of the work, and at least one in 30 seconds."""
     now = time.monotonic()
-    spent = now - began
     live = sys.stdout.isatty()
-    quarter = done * 4 // total > (done - 1) * 4 // total
-    quarter = quarter or (done == 1 and spent * total > 60)     # long work: an estimate at once
-    if not live and not quarter and now - max(began, _last_line["at"]) < 30:
+    due = done == 1 or done * 4 // total > (done - 1) * 4 // total
+    if not live and not due and now - max(began, _last_line["at"]) < 30:
         return
     _last_line["at"] = now
     line = f"  {label} {done}/{total}"
     for name, value in (stats or {}).items():
         line += f"  {name} {value:.2f}"
-    line += f"  {spent:.0f} of {spent / done * total:.0f} s"
-    if not live:
-        print(line, flush=True)
-    elif done < total:
-        print(f"{line:79.79}", end="\r", flush=True)
-    else:
-        print(f"{line:79.79}", flush=True)
+    line += f"  {now - began:.0f} of {(now - began) / done * total:.0f} s"
+    print(f"{line:79.79}" if live else line, end="\r" if live and done < total else "\n", flush=True)
 
 # ------------------------------------------------------------------------------ the table
 

@@ -14,8 +14,10 @@ def setting(default: int | float, help: str, least: int | float = 1) -> dataclas
 
 def all_fields(settings) -> list[dataclasses.Field]:
     """Return the fields of all stages."""
-    stages = [getattr(settings, stage.name) for stage in dataclasses.fields(settings)]
-    return [field for stage in stages for field in dataclasses.fields(stage)]
+    found = []
+    for stage in dataclasses.fields(settings):
+        found += dataclasses.fields(getattr(settings, stage.name))
+    return found
 
 
 def flat(settings) -> dict[str, int | float]:
@@ -91,6 +93,8 @@ def choose_settings(s, args: argparse.Namespace, n: int, inputs: Inputs):
     # last, the command line
     s = change(s, **given)
     _check(s, given, n, inputs)
+    if s.samples.m < n:
+        print(f"note: {s.samples.m} reference samples are few for n = {n}; raise --m")
     return s
 
 
