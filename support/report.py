@@ -93,18 +93,17 @@ def plot_run(path: Path, rows: list[dict], rewards: list[Tensor], ref_rewards: T
 def plot_rewards(axes, rows: list[dict], rewards: list[Tensor]) -> None:
     """Plot histograms of rewards, and their means."""
     n = rows[1]["n"]
-    labels = ("reference, 1 sample", f"best of {n}, {n} samples", "vBoN, 1 sample")
-    colors = ("0.6", "tab:blue", "tab:red")
+    # line styles tell them apart without colors, too
+    looks = (("reference, 1 sample", "0.6", "-"), (f"best of {n}, {n} samples", "tab:blue", "-"),
+             ("vBoN, 1 sample", "tab:red", "--"))
     low = rewards[0].min().item() - 0.1
     high = rewards[0].max().item() + 0.1
     bins = torch.linspace(low, high, 50, dtype=torch.float64).tolist()
-    # the means of best-of-n and vBoN may coincide: one line is above, the other below
-    spans = ((0, 1), (0.5, 1), (0, 0.5))
-    for row, reward, label, color, span in zip(rows, rewards, labels, colors, spans):
+    for row, reward, (label, color, line) in zip(rows, rewards, looks):
         axes.hist(reward.flatten().tolist(), bins, density=True, histtype="step", lw=2, color=color,
-                  label=label)
-        axes.axvline(row["reward"], *span, color=color, ls=":", lw=2)
-    axes.set(xlabel="reward of a response (dotted: mean)", ylabel="density",
+                  ls=line, label=label)
+        axes.axvline(row["reward"], color=color, ls=line, lw=1)
+    axes.set(xlabel="reward of a response (vertical lines: means)", ylabel="density",
              title="Rewards on held-out prompts")
     axes.legend(frameon=False, loc="upper left")
 
