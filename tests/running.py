@@ -33,11 +33,14 @@ def run(*args, cwd):
     return status, out.getvalue(), error.getvalue()
 
 
+def read_lines(path):
+    """The objects in a file with one JSON object a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def read_rows(out):
     """The lines of results.jsonl, without `seconds`, the only timing."""
-    rows = []
-    for line in Path(out, "results.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    rows = read_lines(Path(out, "results.jsonl"))
+    for row in rows:
         del row["seconds"]
-        rows.append(row)
     return rows
