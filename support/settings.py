@@ -100,11 +100,10 @@ def choose_settings(s, args: argparse.Namespace, n: int, inputs: Inputs):
 
 def _check(s, given: dict, n: int, inputs: Inputs) -> None:
     """Raise UnusableInput for values that are out of range, or do not fit together."""
-    for field in all_fields(s):
-        least = field.metadata["least"]
-        value = given.get(field.name, least)
-        if not least <= value < math.inf:
-            raise UnusableInput(f"{flag(field.name)} {value}: want at least {least}")
+    limits = {field.name: field.metadata["least"] for field in all_fields(s)} | {"n": 1}
+    for name, value in (given | {"n": n}).items():
+        if not limits[name] <= value < math.inf:
+            raise UnusableInput(f"{flag(name)} {value}: want at least {limits[name]}")
     fixed = ["reviews"] if inputs.reviews is not None else []
     if inputs.pretrained is not None:
         fixed += ["vocab", "layers", "heads", "width"]
