@@ -31,10 +31,11 @@ def make_parser(description: str, settings, several: bool = False) -> Parser:
     Each setting is a flag. With `several`, --n and --seed take any number of values, else one.
     """
     parser = Parser(description=description, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    epilog="Other texts and models have other settings: see support/settings.py.")
     nargs = "+" if several else None
     run = parser.add_argument_group("the run")
-    run.add_argument("--n", type=positive_integer, nargs=nargs, default=[4] if several else 4,
+    run.add_argument("--n", type=int, nargs=nargs, default=[4] if several else 4,
                      help="The N of best-of-N. A larger N means a higher reward, further away from "
                      "the reference. Above 8, training takes three times the updates. Default: 4.")
     run.add_argument("--seed", type=int, nargs=nargs, default=[0] if several else 0,
@@ -66,21 +67,11 @@ def make_parser(description: str, settings, several: bool = False) -> Parser:
 
     for stage in dataclasses.fields(settings):
         values = getattr(settings, stage.name)
-        group = parser.add_argument_group(
-            f"settings: {stage.name}", f"{values.__doc__}\nOther texts and models have other "
-            f"defaults (support/settings.py).")
+        group = parser.add_argument_group(f"settings: {stage.name}", values.__doc__)
         for field in dataclasses.fields(values):
             group.add_argument(flag(field.name), type=type(field.default), metavar="X",
                                help=f"{field.metadata['help']} (built-in text: {field.default:g})")
     return parser
-
-
-def positive_integer(text: str) -> int:
-    """Convert an argument to an integer of at least 1; argparse reports a ValueError."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: want at least 1")
-    return number
 
 
 def run(program: Callable[[], object], name: str) -> None:

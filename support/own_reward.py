@@ -179,6 +179,9 @@ class OwnReward:
         self.encoding = encoding
         self.journal = Journal(cache / f"judged-{digest(file)}.bin")
 
+    def try_out(self, tokens, prompt_tokens):
+        try_reward(self.file, self.encoding, tokens, prompt_tokens)
+
     def depends_on(self) -> tuple:
         """Return what its rewards are kept under."""
         return self.file, self.encoding

@@ -8,30 +8,24 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from model import GPT, response_mask
-from support.inputs import Pretrained
 from support.report import show_progress
 from support.sampling import seeded_generator
-from support.text import Text
 
 
-def initial_model(pretrained: Pretrained | None, text: Text, settings, seed: int) -> GPT:
-    """Return the model of --init, or a GPT with random weights; settings: layers, heads, width."""
-    if pretrained is not None:
-        return pretrained.model
-    return GPT(vocab_size=text.encoding.n_vocab, block_size=text.tokens.shape[1],
-               n_layer=settings.layers, n_head=settings.heads, n_embd=settings.width,
-               generator=seeded_generator("cpu", "weights", seed))
-
-
-def train_reference(initial: GPT, tokens: Tensor, unseen_tokens: Tensor, settings, seed: int
-                    ) -> dict:
+def train_reference(initial: GPT | None, vocab_size: int, tokens: Tensor, unseen_tokens: Tensor,
+                    settings, seed: int, device: str) -> dict:
     """Train a language model on tokens (R, T) by maximum likelihood; a stage for `keep`.
 
-    settings: lm_steps, lm_batch, lm_lr. Returns the model, and "nats", its mean cross-entropy per
-    token on unseen_tokens (R', T).
+    It starts from a copy of `initial`, or from random weights. settings: layers, heads, width,
+    lm_steps, lm_batch, lm_lr. Returns the model, and "nats", its mean cross-entropy per token on
+    unseen_tokens (R', T).
     """
-    device = initial.wte.weight.device
-    model = copy.deepcopy(initial)
+    if initial is not None:
+        model = copy.deepcopy(initial)
+    else:
+        model = GPT(vocab_size, tokens.shape[1], settings.layers, settings.heads, settings.width,
+                    generator=seeded_generator("cpu", "weights", seed))
+    model = model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lm_lr, betas=(0.9, 0.95),
                                   weight_decay=0.01, fused=True)
     order = seeded_generator("cpu", "reviews", seed)

@@ -10,12 +10,12 @@ from torch import Tensor
 import vbon
 from model import GPT
 from reward import Classifier
-from support.files import UnusableInput, read_json, write_lines, write_whole
+from support.files import UnusableInput, write_lines, write_whole
 from support.huggingface import load_model, save_generation_config, save_model
 from support.inputs import Inputs, choose_device
 from support.kept import code_mark, digest, load, save
 from support.own_reward import OwnReward, RewardFile
-from support.report import plot_run, title
+from support.report import plot_run
 from support.reviews import normalise
 from support.sampling import seeded_generator
 from support.settings import flat
@@ -45,13 +45,10 @@ def leave(args: argparse.Namespace, run, best: Tensor, made_by: dict) -> None:
     plot_run(out / "vbon.png", run.rows, rewards, world.held_out.reward, run.history)
 
     # ---- responses: some to read, all to compute with
-    models = [("reference", world.reference, 1), (f"best of {run.n}", world.reference, run.n),
-              ("vBoN", run.policy, 1)]
     prompts = world.held_out.prompt[:8].to(world.reference.wte.weight.device)
+    models = models_of_run(run.n, world.reference, run.policy)
     some = sample_text(encoding, prompts, world.reward, models, world.text.length, run.seed)
-    means = ", ".join(f"{title(row['method'], run.n)} {row['reward']:.3g}" for row in run.rows)
-    some = (f"The number before a response is its reward. Of best of {run.n}, the best of {run.n} "
-            f"responses is shown.\n\n{some}\nMean reward over all held-out prompts: {means}\n")
+    some = f"The number before a response is its reward.\n\n{some}"
     write_whole(out / "samples.txt", some.encode("utf-8"))
     write_records(out, name, run)
 
@@ -164,6 +161,11 @@ def response_records(method: str, use: str, prompts: Tensor, found: dict,
     return rows
 
 
+def models_of_run(n: int, reference: GPT, policy: GPT) -> list[tuple[str, GPT, int]]:
+    """Return the models for `sample_text`: title, model, number of responses to choose from."""
+    return [("reference", reference, 1), (f"best of {n}", reference, n), ("vBoN", policy, 1)]
+
+
 def sample_text(encoding: tiktoken.Encoding, prompts: Tensor, reward_fn, models: list, length: int,
                 seed: int) -> str:
     """Return each prompt (P, T), followed by a response of each model with its reward, unedited.
@@ -197,11 +199,7 @@ def export_model(folder: Path, model: GPT, encoding: tiktoken.Encoding, row: dic
     """
     settings = settings_of(row) | {"weights": digest(model.state_dict())}
     last = folder / "settings.json"
-    if last.exists():
-        if read_json(last).get("weights") != settings["weights"]:
-            print(f"  {folder} was made with other settings: it is replaced\n"
-                  f"  (the command that made it makes it again)")
-        last.unlink()
+    last.unlink(missing_ok=True)
     save_model(model, folder)
     save_tokenizer(encoding, folder, model.config["block_size"])
     save_generation_config(folder, model, row["prompt_tokens"] + row["length"])
@@ -217,10 +215,9 @@ def sample_run(args: argparse.Namespace) -> str:
     out = Path(args.out)
     name = f"n{args.n}-seed{args.seed}"
     folder = out / f"policy-{name}"
-    reference_folder = out / f"reference-seed{args.seed}"
     kept = load(out / "cache" / f"run-{name}.pt")
-    complete = [(place / "settings.json").exists() for place in (folder, reference_folder)]
-    if kept is None or not all(complete):
+    # the policy is written last
+    if kept is None or not (folder / "settings.json").exists():
         found = ", ".join(sorted(path.name for path in out.glob("policy-n*"))) or "none"
         raise UnusableInput(f"--sample: {out} holds no finished run with --n {args.n} --seed "
                             f"{args.seed} (policies there: {found}); train.py without --sample "
@@ -228,18 +225,17 @@ def sample_run(args: argparse.Namespace) -> str:
     device = choose_device(args.device)
     encoding = pretrained_encoding(folder)
     policy = load_model(folder).to(device)
-    reference = load_model(reference_folder).to(device)
+    reference = load_model(out / f"reference-seed{args.seed}").to(device)
     ids = encoding.encode_ordinary(normalise(args.sample))
-    if len(ids) >= policy.config["block_size"]:
-        raise UnusableInput(f"--sample: want fewer than {policy.config['block_size']} tokens, got "
-                            f"{len(ids)}")
+    room = policy.config["block_size"]
+    if len(ids) >= room:
+        raise UnusableInput(f"--sample: want fewer than {room} tokens, got {len(ids)}")
     if "classifier" in kept:
         classifier = Classifier(encoding.n_vocab)
         classifier.load_state_dict(kept["classifier"])
         reward_fn = classifier.to(device).reward
     else:
         reward_fn = OwnReward(RewardFile(kept["reward"]), encoding, out / "cache")
-    models = [("reference", reference, 1), (f"best of {args.n}", reference, args.n),
-              ("vBoN", policy, 1)]
     prompt = torch.tensor(ids, device=device).repeat(3, 1)
+    models = models_of_run(args.n, reference, policy)
     return sample_text(encoding, prompt, reward_fn, models, kept["length"], args.seed)

@@ -16,8 +16,6 @@ class Text(NamedTuple):
     """Tokenized reviews, truncated or padded with end-of-text, and prompts."""
     encoding: tiktoken.Encoding
     length: int                     # largest number of tokens in a response
-    cut: float                      # share of the reviews that are truncated
-    enough: int                     # the length that would cut only a tenth of them
     tokens: Tensor                  # (R, T) reviews to train on
     labels: Tensor                  # (R,) 1 positive, 0 negative
     unseen_tokens: Tensor           # (R', T) held-out reviews: perplexity, accuracy
@@ -30,7 +28,7 @@ LONGEST = 64                        # tokens of a response, unless --length is g
 
 
 def make_text(reviews: list | None, pretrained: Pretrained | None, settings, seed: int) -> Text:
-    """Return the reviews, or the built-in ones, as tokens, and the prompts.
+    """Return the reviews, or the built-in ones, as tokens, and the prompts; print what they are.
 
     settings: reviews, vocab, prompt_tokens, length, prompts, held_prompts. A length of 0 is chosen
     here: it cuts a tenth of the reviews, but it is at most LONGEST, and at most what a model of
@@ -65,8 +63,16 @@ def make_text(reviews: list | None, pretrained: Pretrained | None, settings, see
                             f"tokens, got {len(prompts)}; a shorter text has none")
     last = held + settings.prompts
     unseen = max(16, len(reviews) // 20)
-    return Text(encoding, length, cut, enough, tokens[unseen:], labels[unseen:], tokens[:unseen],
+    text = Text(encoding, length, tokens[unseen:], labels[unseen:], tokens[:unseen],
                 labels[:unseen], prompts[held:last], prompts[:held])
+    print(f"text: {len(reviews)} reviews; {len(text.prompts)} training prompts and {held} held-out "
+          f"ones")
+    if len(text.prompts) < min(64, settings.prompts):
+        print("note: so few prompts may not carry over to others. With more --prompt-tokens, fewer "
+              "texts\n  begin alike")
+    if cut > 0.1:
+        print(f"note: {cut:.0%} of the texts are cut; with --length {enough}, 10% would be")
+    return text
 
 
 def is_prompt(encoding: tiktoken.Encoding, ids: list[int]) -> bool:
