@@ -34,24 +34,3 @@ def test_the_classifier_is_mostly_right_and_its_accuracy_is_that_of_the_sign():
     good, bad = encode(encoding, ["i loved it . superb .", "i hated it . awful ."], 40)
     assert model(good[None]).item() > 0.5
     assert model(bad[None]).item() < -0.5
-
-
-def test_training_is_that_of_a_plain_loop():
-    """AdamW on batches of 256 texts in an order of the generator; labels are 0 or 1."""
-    g = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 30, (600, 5), generator=g)
-    labels = torch.randint(0, 2, (600,), generator=g)
-    found = train_classifier(tokens, labels, 31, 2, g.manual_seed(1))
-    model = Classifier(31)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.03, weight_decay=0.1)
-    g.manual_seed(1)
-    for _ in range(2):
-        order = torch.randperm(600, generator=g)
-        for rows in (order[:256], order[256:512], order[512:]):
-            sign = 2 * labels[rows] - 1
-            loss = -(sign * model(tokens[rows])).sigmoid().log().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    assert torch.allclose(found.weight.weight, model.weight.weight, rtol=0, atol=2e-3)
-    assert found.weight.weight.std() > 0.03

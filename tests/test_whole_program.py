@@ -6,7 +6,6 @@ tokens, each prompt has 40 responses. Their probabilities are known, and so is a
 estimates.
 """
 import itertools
-import json
 import os
 import string
 import subprocess
@@ -21,6 +20,7 @@ import vbon
 from model import GPT
 from support import options
 from support.huggingface import load_model, save_model
+from support.tokenizer import save_tokenizer, train_tokenizer
 
 # --------------------------------------------------------------------------------- as a process
 
@@ -54,7 +54,7 @@ def test_unusable_input_is_status_2_and_one_line(tmp_path):
     done = start(tmp_path, "--out", "file")
     printed, error = done.communicate(timeout=120)
     assert (done.returncode, printed) == (2, "")
-    assert error == "train.py: error: --out file: File exists\n"
+    assert error == "train.py: error: --out file/cache: Not a directory\n"
 
 
 def test_a_bug_keeps_its_traceback():
@@ -84,13 +84,7 @@ def write_world(folder):
         model.lm_head.weight[:, 0] = -60
         model.lm_head.weight[LETTERS, 0] = 0
     save_model(model, folder / "world")
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    others = [b for b in range(256) if b not in printable]
-    vocabulary = {chr(b): b for b in printable}
-    vocabulary |= {chr(256 + i): b for i, b in enumerate(others)}
-    vocabulary["<|endoftext|>"] = EOT
-    (folder / "world" / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    (folder / "world" / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    save_tokenizer(train_tokenizer([], 257), folder / "world", 8)
     (folder / "texts").mkdir()
     for name, letters in (("pos", "klmno"), ("neg", "vwxyz")):
         lines = map("".join, itertools.product(string.ascii_lowercase, letters))
