@@ -34,13 +34,11 @@ def run(*args, cwd):
 
 
 def read_lines(path):
-    """The objects in a file with one JSON object a line."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The objects in a file with one JSON object a line, without `seconds`, the only timing."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{key: x for key, x in row.items() if key != "seconds"} for row in rows]
 
 
 def read_rows(out):
-    """The lines of results.jsonl, without `seconds`, the only timing."""
-    rows = read_lines(Path(out, "results.jsonl"))
-    for row in rows:
-        del row["seconds"]
-    return rows
+    """The lines of results.jsonl."""
+    return read_lines(Path(out, "results.jsonl"))
