@@ -14,7 +14,7 @@ from support.files import UnusableInput
 from support.files import check_writable
 from support.huggingface import load_model, PRETRAINED
 from support.options import check_arguments
-from support.own_reward import RewardFile, hidden_neighbours
+from support.own_reward import RewardFile
 from support.results import check_folders, read_results
 from support.reviews import load_reviews, normalise
 from support.tokenizer import pretrained_encoding
@@ -54,8 +54,6 @@ def read_inputs(args: argparse.Namespace, ns: list[int], folders: list[Path]) ->
     own_reward = None
     if args.reward is not None:
         own_reward = RewardFile(args.reward)
-        for name in hidden_neighbours(own_reward.path):
-            print(f"note: {args.reward} cannot import the {name} next to it: that name is ours")
     reviews = None
     if args.data is not None:
         reviews = load_reviews(args.data, labelled=own_reward is None)
