@@ -68,7 +68,7 @@ class RewardFile:
 
     @contextlib.contextmanager
     def _guard(self):
-        """Raise UnusableInput for exceptions of the file. Undo changes of STATE, and refuse them."""
+        """Raise UnusableInput for exceptions of the file. Undo and refuse changes of STATE."""
         before = {get: get() for get in STATE}
         try:
             yield
