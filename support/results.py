@@ -22,11 +22,10 @@ from support.settings import flat
 from support.text import Text
 from support.tokenizer import decode, pretrained_encoding, save_tokenizer
 
-# every line of results.jsonl has these metrics, and some have a few more
-ALWAYS = ("reward", "reward_se", "win_rate", "win_rate_se", "kl_ref", "kl_ref_se", "kl_bon",
-          "kl_bon_se", "positive", "samples_per_answer", "seconds")
-KEYS = ("method", "n", "seed", "beta", *ALWAYS)
-METRICS = (*ALWAYS, "cut", "decoded_win_rate", "decoded_win_rate_se")
+# the numbers in a line of results.jsonl that were measured; the others are settings
+METRICS = ("reward", "reward_se", "win_rate", "win_rate_se", "kl_ref", "kl_ref_se", "kl_bon",
+           "kl_bon_se", "positive", "samples_per_answer", "seconds", "cut", "decoded_win_rate",
+           "decoded_win_rate_se")
 
 
 def leave(args: argparse.Namespace, run, best: Tensor, made_by: dict) -> None:
@@ -53,8 +52,10 @@ def leave(args: argparse.Namespace, run, best: Tensor, made_by: dict) -> None:
     write_records(out, name, run)
 
     # ---- the models, and what `sample_run` needs beside them
-    kept = {"length": world.text.length, "reward": args.reward}
-    if args.reward is None:
+    kept = {"length": world.text.length}
+    if args.reward is not None:
+        kept["reward"] = str(Path(args.reward).resolve())
+    else:
         kept["classifier"] = world.reward.__self__.state_dict()
     save(out / "cache" / f"run-{name}.pt", kept)
     given = {"given": {"data": args.data, "reward": args.reward, "init": args.init}}
@@ -71,22 +72,15 @@ def leave(args: argparse.Namespace, run, best: Tensor, made_by: dict) -> None:
 def read_results(out: Path) -> list[dict]:
     """Return the lines of results.jsonl in the folder `out`; none if there is no such file.
 
-    A line that was cut short by a kill is left out. Raises UnusableInput if one of the others is
-    not a result.
+    A line that was cut short by a kill is left out. Raises UnusableInput for another damaged one.
     """
     path = out / "results.jsonl"
-    rows = []
-    if path.exists():
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict) or not set(KEYS) <= row.keys():
-                raise UnusableInput(f"{path}, line {number}: not a result; delete this line, or "
-                                    f"move the file away")
-            rows.append(row)
-    return rows
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    except ValueError:
+        raise UnusableInput(f"{path}: a line is damaged; delete it, or move the file") from None
 
 
 def add_results(out: Path, rows: list[dict]) -> None:
@@ -109,15 +103,10 @@ def settings_of(row: dict) -> dict:
 
 def describe(settings, text: Text, inputs: Inputs, quick: bool) -> dict:
     """Return all that a result depends on besides method, N, β and seed: a part of its line."""
-    return flat(settings) | inputs.described() | {
-        # a small text may have fewer tokens and prompts than the settings ask for
-        "vocab": text.encoding.n_vocab,
-        "length": text.length,
-        "prompts": len(text.prompts),
-        "held_prompts": len(text.held_prompts),
-        "quick": quick,
-        "code": code_mark(),
-    }
+    # a small text may have fewer tokens and prompts than the settings ask for
+    found = {"vocab": text.encoding.n_vocab, "length": text.length, "prompts": len(text.prompts),
+             "held_prompts": len(text.held_prompts)}
+    return flat(settings) | inputs.described() | found | {"quick": quick, "code": code_mark()}
 
 # ------------------------------------------------------------------------------------ responses
 
