@@ -72,7 +72,7 @@ def test_a_setting_repeats_what_depends_on_it(flags, wanted, copied_run):
     assert repeated(copied_run, *flags) == wanted
 
 
-STORES = {"support.report", "support.kept", "support.files", "support.journal"}     # no numbers
+STORES = {"support.report", "support.kept", "support.files"}     # they make no numbers
 
 
 @pytest.mark.parametrize("flags", [[], ["--reward", HERE / "experiments/rewards/length.py"]])
@@ -116,7 +116,7 @@ def edit(old, new, name="vbon.py"):
 def says():
     # a run that is not refused for an edit is refused for what comes next
     try:
-        train.main(["--data", "nowhere"])
+        train.main(["--device", "abacus"])
     except ValueError as error:
         print(error)
 
@@ -136,9 +136,9 @@ from IPython.core.interactiveshell import InteractiveShell
 shell = InteractiveShell.instance()
 shell.push({"says": says})
 edit("* (2 * progress", "* (3 * progress", "train.py")
-shell.run_cell("%run train.py --data nowhere")  # refused
+shell.run_cell("%run train.py --device abacus")  # refused
 edit("* (3 * progress", "* (2 * progress", "train.py")
-shell.run_cell("%run train.py --data nowhere")
+shell.run_cell("%run train.py --device abacus")
 shell.run_cell("%load_ext autoreload")
 shell.run_cell("%autoreload 2")
 edit("(less + 1)", "(less + 1.5)")
@@ -165,7 +165,7 @@ def test_an_edited_file_is_refused_until_the_edit_is_taken_back(program, wanted,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           env=os.environ | variables)
     assert wanted == re.findall(
-        r"(\w+.py) was edited after its import: restart Python|nowhere: no such", done.stdout)
+        r"(\w+.py) was edited after its import: restart Python|abacus: want", done.stdout)
 
 # ------------------------------------------------------------------ files of the cache, stopped runs
 

@@ -49,10 +49,10 @@ def test_a_killed_run_ends_with_the_same_numbers(tmp_path):
 
 
 def test_unusable_input_is_status_2_and_one_line(tmp_path):
-    done = start(tmp_path, "--data", "nowhere")
+    done = start(tmp_path, "--device", "abacus")
     printed, error = done.communicate(timeout=120)
     assert (done.returncode, printed) == (2, "")
-    assert error == "train.py: error: --data nowhere: no such folder\n"
+    assert error == "train.py: error: --device abacus: want cpu, cuda or mps\n"
 
 
 def test_a_bug_keeps_its_traceback():
