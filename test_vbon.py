@@ -125,9 +125,8 @@ def test_the_exact_form_loses_probability_where_rewards_tie():
 
 def test_with_the_response_itself_in_the_cdf_the_exact_form_counts_it_twice():
     """(1) with <= instead of <: the probabilities of the toy's responses would sum to 1.92."""
-    prob = torch.tensor([0.20, 0.30, 0.20, 0.05, 0.10, 0.15], dtype=torch.float64)
-    with_itself = prob.cumsum(0)
-    total = vbon.bon_logprob(prob.log(), with_itself.log(), 4).exp().sum().item()
+    with_itself = vbon.TOY_PROB.cumsum(0)
+    total = vbon.bon_logprob(vbon.TOY_PROB.log(), with_itself.log(), 4).exp().sum().item()
     assert total == pytest.approx(1.9218, abs=1e-4)
 
 
