@@ -31,6 +31,7 @@ TIED = torch.tensor([2.0, -1.0, 2.0, 3.0, -1.0, -1.0], dtype=torch.float64)
 
 def assert_near(found, wanted, atol=1e-12):
     """The same shape and dtype, and nearly the same numbers. A failure shows both tensors."""
+    __tracebackhide__ = True                            # show the test, not this function
     torch.testing.assert_close(found, wanted, rtol=0, atol=atol,
                                msg=lambda why: f"{why}\n\nwant\n{wanted}\n\ngot\n{found}")
 
