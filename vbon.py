@@ -32,8 +32,8 @@ E_θ is the mean over responses sampled from the policy; b is a number, the base
 An update: (a) sample y from the policy, (b) compute its reward and log π_ref(y), (c) compute the
 target log π_bon(y), (d) compute log π_θ(y) with gradients, (e) add an estimate of -∇J to .grad.
 
-The functions here compute in float64, on the CPU. (`bon_attains`, what best-of-N attains, is in
-support/statistics.py.) A model needs two methods, a reward is a function, and any device will do:
+The functions compute in float64, on the CPU. (What best-of-N attains is computed in
+support/statistics.py.) A model has two methods, a reward is a function; any device will do:
     model.sample(prompt, k, length, generator) -> response (P, K, L), logprob (P, K) or None
     model.logprob(prompt, response)            -> logprob (P, K), with gradients
     reward_fn(prompt, response)                -> reward (P, K)
@@ -51,8 +51,8 @@ def empirical_cdf(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P,
     """Estimate F of equation (1) as (rank + 1) / (M + 1), where rank = #{r_j < r}.
 
     Reward 2.5 against 1, 2, 2, 3 has rank 3, so F = 4/5; reward 2 has rank 1, so F = 2/5.
-    The + 1 keeps log F finite for a reward below all M. Returns float64, on the CPU.
-    Raises ValueError for wrong shapes and for rewards that are empty or not finite.
+    The + 1 keeps log F finite for a reward below all M. Raises ValueError for wrong shapes, and for
+    rewards that are empty or not finite.
     """
     less, _ = count_less_and_equal(reward, ref_rewards)
     m = ref_rewards.shape[1]
@@ -60,10 +60,8 @@ def empirical_cdf(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P,
 
 
 def win_rate(reward: Tensor, ref_rewards: Tensor) -> Tensor:  # (P, K), (P, M) -> (P, K)
-    """Return the share of the M reference responses that y beats; a tie counts half.
-
-    Reward 2 against 1, 2, 2, 3 beats one and ties with two: (1 + 2/2) / 4 = 0.5.
-    """
+    """Return the share of the M reference responses that y beats; a tie counts half: reward 2
+    against 1, 2, 2, 3 beats one and ties with two: (1 + 2/2) / 4 = 0.5."""
     less, equal = count_less_and_equal(reward, ref_rewards)
     return (less + equal / 2) / ref_rewards.shape[1]
 
@@ -83,8 +81,6 @@ def bon_logprob(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:  # (...
     """Return log π_bon(y) by equation (2): the paper's exact form, for rewards that do not tie.
 
     π_ref(y) = 0.1 and F = 0.75 with n = 2 give 0.85² - 0.75² = 0.16. log_cdf may be -inf (F = 0).
-    Training uses `bon_target`, which is this form where no reference response ties with y, and
-    F + π_ref(y) is at most 1.
     Raises ValueError for unequal shapes, for nan, and for an n that is no integer >= 1.
     """
     # The naive line, ((F + p)**n - F**n).log(), is -inf at p = e^-40, where F + p rounds to F.
@@ -100,7 +96,7 @@ def bon_logprob(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:  # (...
 def bon_logprob_bound(ref_logprob: Tensor, log_cdf: Tensor, n: int) -> Tensor:
     """Return the lower bound (3) of log π_bon(y). Same shapes and errors as `bon_logprob`.
 
-    On text the two nearly agree: a sentence is so improbable that the terms i >= 2 nearly vanish.
+    On text the two nearly agree: sentences are so improbable that the terms i >= 2 nearly vanish.
     """
     ref_logprob, log_cdf = _check_logs(n, ref_logprob, log_cdf)
     return math.log(n) + _log_power(log_cdf, torch.tensor(n - 1)) + ref_logprob
@@ -162,15 +158,14 @@ def leave_one_out(score: Tensor) -> Tensor:  # (P, K) -> (P, K)
 def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (P, K) -> ()
     """Return a surrogate loss: its *gradient* estimates minus (6), if y was sampled from π_θ.
 
-    Minus, since an optimizer minimises. It is a mean over prompts and responses. Its value means
-    nothing; watch the KL to π_bon instead. A constant in log_target, such as the log of an unknown
-    normaliser, changes nothing: the baseline subtracts it. Raises ValueError for K < 2, unequal
-    shapes and log-probabilities that are not finite.
+    Minus, since an optimizer minimises. Its value means nothing. A constant in log_target, such as
+    the log of a normaliser, changes nothing: the baseline subtracts it. Raises ValueError for K < 2,
+    unequal shapes, and log-probabilities that are not finite.
     """
     _check_shapes(logprob, log_target)
     logprob = _float64(logprob)
     # In (6) the score is a number, so detach it: otherwise autograd would differentiate both
-    # factors of advantage · logprob. (When π_θ = π_bon, all scores are equal: no gradient noise.)
+    # factors of advantage · logprob. (At the target itself all scores are equal: no noise.)
     score = (_float64(log_target) - logprob).detach()
     if not score.isfinite().all():
         raise ValueError("want finite log-probabilities, got nan or inf")
@@ -182,9 +177,9 @@ def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (
 def grow(n: int, step: int, steps: int) -> int:
     """Return the N to aim for at this step: it grows to n over the first 40 % of the steps.
 
-    At first the policy is the reference, with many poor responses. A large N would give them a very
-    negative (N-1) · log F, and a few of them would dominate the gradient. With n = 4 and 90 steps
-    it is 2 for 18 steps, 3 for 10, then 4. The KL to best-of-N jumps where this N does.
+    At first many responses are poor. A large N would give them a very negative (N-1) · log F, and a
+    few of them would dominate the gradient. With n = 4 and 90 steps, N is 2 for 18 steps, 3 for 10,
+    then 4; the KL to best-of-N jumps where it changes.
     """
     progress = min(1.0, (step + 1) / (0.4 * steps))
     return math.ceil(n ** progress)
@@ -202,8 +197,7 @@ def roll_out(policy, reference, reward_fn, prompt: Tensor, k: int, length: int,
              generator: torch.Generator | None, part: int | None = None) -> Rollout:
     """Do steps (a) and (b) of an update, with k responses to each prompt (P, T).
 
-    All prompts are sampled together. log π_ref is computed for `part` prompts at a time (default:
-    all), because the logits of all tokens take much memory.
+    log π_ref is computed for `part` prompts at a time (default: all): logits take much memory.
     """
     # (a) sample from the policy: y ~ π_θ
     response, _ = policy.sample(prompt, k, length, generator)           # (P, K, L)
@@ -220,8 +214,8 @@ def reinforce(policy, prompt: Tensor, response: Tensor, log_target: Tensor,
               part: int | None = None) -> Tensor:  # (P, T), (P, K, L), (P, K) -> (P, K)
     """Do steps (d) and (e): add an estimate of *minus* (6), the gradient of the loss, to .grad.
 
-    log π_θ is computed for `part` prompts at a time (default: all); their gradients add up.
-    Returns log π_θ(y), without gradients. This estimator of (6) is called REINFORCE.
+    log π_θ is computed for `part` prompts at a time (default: all); their gradients add up. Returns
+    log π_θ(y), without gradients. This estimator of (6) is called REINFORCE.
     """
     size = part or len(prompt)
     parts = zip(prompt.split(size), response.split(size), log_target.split(size))
@@ -253,11 +247,6 @@ def _log_power(log_x: Tensor, power: Tensor) -> Tensor:
     return torch.where(power == 0, 0.0, power * log_x)
 
 
-def _check_n(n: int) -> None:
-    if type(n) is not int or n < 1:
-        raise ValueError(f"want an integer n >= 1, got {n!r}")
-
-
 def _check_shapes(*tensors: Tensor) -> None:
     shapes = [tuple(x.shape) for x in tensors]
     if len(set(shapes)) > 1:
@@ -275,7 +264,8 @@ def _check_rewards(*rewards: Tensor) -> None:
 
 def _check_logs(n: int, *logs: Tensor) -> list[Tensor]:
     """Return the logarithms in float64, after checking n, shapes and nan."""
-    _check_n(n)
+    if type(n) is not int or n < 1:
+        raise ValueError(f"want an integer n >= 1, got {n!r}")
     _check_shapes(*logs)
     for x in logs:
         if x.isnan().any():
@@ -284,49 +274,59 @@ def _check_logs(n: int, *logs: Tensor) -> list[Tensor]:
 
 # -------------------------------------------------------------------------------- 6. python vbon.py
 
-class ToyModel:
-    """A language model with six responses of one token: only six logits."""
+# six responses, in ascending order of their rewards
+TOY_PROB = torch.tensor([0.20, 0.30, 0.20, 0.05, 0.10, 0.15], dtype=torch.float64)
+TOY_REWARD = torch.tensor([-4.0, -1.0, 0.5, 1.0, 2.0, 3.0], dtype=torch.float64)
 
-    def __init__(self, prob: Tensor):
-        self.logits = prob.log().requires_grad_()
+
+def brute_force(prob: Tensor, reward: Tensor, n: int) -> Tensor:  # (R,), (R,) -> (R,)
+    """Return π_bon by its definition: enumerate all tuples of n of the R responses."""
+    bon = torch.zeros_like(prob)
+    for indices in itertools.product(range(len(prob)), repeat=n):
+        y = torch.tensor(indices)
+        # those that tie for the best share the probability of the tuple
+        best = y[reward[y] == reward[y].max()]
+        share = prob[y].prod() / len(best)
+        bon.index_add_(0, best, share.expand(len(best)))
+    return bon
+
+
+class ToyModel:
+    """A language model with six responses of one token: six logits."""
+
+    def __init__(self):
+        self.logits = TOY_PROB.log().requires_grad_()
 
     def logprob(self, prompt: Tensor, response: Tensor) -> Tensor:
         """Return log π(y) (P, K) of responses (P, K, 1)."""
         return self.logits.log_softmax(0)[response[:, :, 0]]
 
     def sample(self, prompt: Tensor, k: int, length: int, generator: torch.Generator
-               ) -> tuple[Tensor, Tensor]:
-        """Sample k responses (P, K, 1) to each prompt; also return their log π(y) (P, K)."""
+               ) -> tuple[Tensor, None]:
+        """Sample k responses (P, K, 1) to each prompt."""
         prob = self.logits.detach().softmax(0).expand(len(prompt), 6)
-        response = torch.multinomial(prob, k, replacement=True, generator=generator)[:, :, None]
-        return response, self.logprob(prompt, response).detach()
+        response = torch.multinomial(prob, k, True, generator=generator)[:, :, None]
+        return response, None
+
+
+def toy_reward(prompt: Tensor, response: Tensor) -> Tensor:  # (P, 1), (P, K, 1) -> (P, K)
+    return TOY_REWARD[response[:, :, 0]]
 
 
 def toy(n: int = 4) -> None:
     """Show the paper on six responses with known probabilities: all numbers can be checked."""
-    prob = torch.tensor([0.20, 0.30, 0.20, 0.05, 0.10, 0.15], dtype=torch.float64)
-    reward = torch.tensor([-4.0, -1.0, 0.5, 1.0, 2.0, 3.0], dtype=torch.float64)
-    # equation (1): the probability of all responses with a lower reward
-    cdf = prob.cumsum(0) - prob
-    # best-of-n by its definition: enumerate all 6^n tuples of n responses
-    brute = torch.zeros(6, dtype=torch.float64)
-    for responses in itertools.product(range(6), repeat=n):
-        best = max(responses)                                   # the rewards are in ascending order
-        brute[best] += prob[list(responses)].prod()
-    log_bon = bon_logprob(prob.log(), cdf.log(), n)
-    bound = bon_logprob_bound(prob.log(), cdf.log(), n).exp()
+    cdf = TOY_PROB.cumsum(0) - TOY_PROB                         # (1): all with a lower reward
+    log_bon = bon_logprob(TOY_PROB.log(), cdf.log(), n)
+    bound = bon_logprob_bound(TOY_PROB.log(), cdf.log(), n).exp()
+    brute = brute_force(TOY_PROB, TOY_REWARD, n)
 
-    def reward_fn(prompt: Tensor, response: Tensor) -> Tensor:
-        return reward[response[:, :, 0]]
-
-    # vBoN: the policy starts as the reference and gets 64 samples in each update. F is not known
-    # here, but estimated from 2,000 samples of the reference.
-    reference = ToyModel(prob)
-    policy = ToyModel(prob)
+    # vBoN: 64 samples of the policy in each update; F is estimated from 2,000 of the reference
+    reference = ToyModel()
+    policy = ToyModel()
     prompt = torch.zeros(1, 1)
     generator = torch.Generator().manual_seed(0)
     ref_response, _ = reference.sample(prompt, 2000, 1, generator)
-    ref_rewards = reward_fn(prompt, ref_response)
+    ref_rewards = toy_reward(prompt, ref_response)
     optimizer = torch.optim.Adam([policy.logits], lr=0.05)
     print(f"Six responses, n = {n}. KL of the policy to best-of-n, in nats:")
     for step in range(401):
@@ -334,14 +334,14 @@ def toy(n: int = 4) -> None:
         if step in (0, 25, 50, 100, 200, 400):
             print(f"  update {step:3}   {torch.sum(logprob.exp() * (logprob - log_bon)):.4f}")
         optimizer.zero_grad()
-        rollout = roll_out(policy, reference, reward_fn, prompt, 64, 1, generator)
+        rollout = roll_out(policy, reference, toy_reward, prompt, 64, 1, generator)
         log_target = bon_target(rollout.ref_logprob, rollout.reward, ref_rewards, n)
         reinforce(policy, prompt, rollout.response, log_target)
         optimizer.step()
 
     print("\nThe probabilities of the responses (best of n: by enumeration of all tuples):\n")
     print(" reward   under π_ref   F (1)   best of n   exact (2)   bound (3)   trained policy")
-    table = torch.stack([reward, prob, cdf, brute, log_bon.exp(), bound, logprob.exp()], 1)
+    table = torch.stack([TOY_REWARD, TOY_PROB, cdf, brute, log_bon.exp(), bound, logprob.exp()], 1)
     for row in table.tolist():
         print("{:7.1f}{:14.3f}{:8.2f}{:12.4f}{:12.4f}{:12.4f}{:17.4f}".format(*row))
 
