@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-# Before PyTorch starts: let its threads sleep while they wait. By default they spin, and beside other
-# work two threads take longer than one.
+# Before PyTorch starts: let its threads sleep while they wait. By default they spin, and beside
+# other work two threads take longer than one.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch

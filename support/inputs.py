@@ -55,7 +55,8 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
         reviews = load_reviews(args.data, labelled=own_reward is None)
     if args.init is not None:
         if Path(args.init).resolve().parent == out.resolve():
-            raise UnusableInput(f"--init {args.init}: this run may overwrite it; give another --out")
+            raise UnusableInput(f"--init {args.init}: this run may overwrite it; give another "
+                                f"--out")
         pretrained = load_pretrained(args.init)
     return Inputs(device, reviews, own_reward, pretrained)
 

@@ -32,7 +32,8 @@ def show_progress(label: str, done: int, total: int, began: float, stats: dict |
     for name, value in (stats or {}).items():
         line += f"  {name} {value:.2f}"
     line += f"  {now - began:.0f} of {(now - began) / done * total:.0f} s"
-    print(f"{line:79.79}" if live else line, end="\r" if live and done < total else "\n", flush=True)
+    end = "\r" if live and done < total else "\n"
+    print(f"{line:79.79}" if live else line, end=end, flush=True)
 
 # ------------------------------------------------------------------------------ the table
 

@@ -31,8 +31,7 @@ def test_logprobs_of_long_responses_agree_while_ended_ones_leave_the_batch():
     prompt = torch.randint(0, 299, (4, 4), generator=generator)
     response, sampled = model.sample(prompt, 6, 500, generator)
     lengths = (response != 299).sum(-1).flatten().sort().values
-    assert lengths[3] < 100
-    assert lengths[-1] == 500
+    assert lengths[3] < 100 and lengths[-1] == 500
     assert sampled.dtype == torch.float64
     assert (sampled - model.logprob(prompt, response)).abs().max() < 1e-4
 
@@ -98,12 +97,9 @@ def test_a_policy_starts_as_the_reference_and_only_its_adapters_are_trained():
     assert policy.lm_head.linear.weight.data_ptr() != policy.wte.weight.data_ptr()
     assert len(trained) == 2 * (4 * 2 + 1)              # on 4 maps in 2 blocks, and on the head
     assert sum(p.requires_grad for p in policy.parameters()) == len(trained)
-
-
-def test_an_adapter_maps_inputs_of_size_1_to_numbers_of_size_1():
+    # A maps inputs of size 1 to numbers of size 1
     adapter = LowRank(torch.nn.Linear(10_000, 3), 4, torch.Generator().manual_seed(0))
-    x = torch.randn(500, 10_000, generator=torch.Generator().manual_seed(1))
-    assert (x @ adapter.a.T).std().item() == pytest.approx(1, abs=0.05)
+    assert (adapter.a @ torch.randn(10_000, 500)).std().item() == pytest.approx(1, abs=0.1)
 
 
 def test_a_merged_model_is_the_adapted_one_and_differs_from_the_first_by_the_rank():

@@ -7,7 +7,6 @@ import torch
 from running import HERE, read_lines, read_rows, run
 
 import train
-import vbon
 from support import results
 from support.huggingface import load_model
 from support.kept import digest, load
@@ -157,9 +156,3 @@ def test_a_run_in_python_has_what_the_table_says(copied_run, monkeypatch):
         with torch.no_grad():
             scored = world.reference.logprob(samples.prompt, samples.response)
         assert torch.allclose(scored, samples.logprob, rtol=0, atol=1e-3)
-    # log-probabilities and targets of single responses
-    prompt = world.samples.prompt[:1]
-    response, logprob = found.policy.sample(prompt, 3, 24)
-    target = vbon.bon_target(world.reference.logprob(prompt, response),
-                             world.reward(prompt, response), world.samples.reward[:1], 2)
-    assert logprob.shape == target.shape == (1, 3)

@@ -35,17 +35,13 @@ def odd_files(tmp_path_factory):
 @pytest.mark.parametrize("args, message", [
     (["--n", "0"], "--n 0: want at least 1"),
     (["--n", "65"], "--n 65: want at most 64, the number of samples that best-of-N is evaluated"),
-    (["--n", "2.5"], "argument --n: invalid int value: '2.5'"),
     (["--lr-scale", "nan"], "--lr-scale nan: want at least 0"),
-    (["--lm-lr", "inf"], "--lm-lr inf: want at least 0"),
+    (["--lr-scale", "inf"], "--lr-scale inf: want at least 0"),
     (["--step", "3"], "unrecognized arguments: --step 3"),
     (["--width", "33"], "--width 33: want a multiple of --heads 2"),
     (["--device", "abacus"], "--device abacus: want cpu, cuda or mps"),
     (["--device", "cpu:x"], "--device cpu:x: Invalid device string"),
     (["--out", "file"], "--out file/cache: Not a directory"),
-    (["--out", "/proc/nowhere"], "--out /proc/nowhere"),
-    (["--data", "nowhere"], "--data nowhere: want a folder with"),
-    (["--reward", "nowhere.py"], "nowhere.py: No such file or directory"),
     (["--prompt-tokens", "90"], "different prompts of 90 tokens, got 0; a shorter text has none"),
     (["--init", "nowhere"], "--init nowhere: no such folder, and none of gpt2, "),
     (["--init", "other-size"], "the model has 50 tokens, its vocabulary 257"),
@@ -104,24 +100,19 @@ SMALL = Pretrained(GPT(50, 12, n_layer=3, n_head=2, n_embd=16), None)
 
 @pytest.mark.parametrize("given, changed", [
     (dict(n=8), {}),
-    (dict(n=9), dict(steps=270)),                       # above 8, three times the updates
-    (dict(reviews=TEXTS), DATA | dict(reviews=10_000, vocab=2048, lm_steps=2000)),
-    (dict(n=9, reviews=TEXTS[:1200]),
+    (dict(n=9, reviews=TEXTS[:1200]),                   # above 8, three times the updates
      DATA | dict(reviews=1200, vocab=512, lm_steps=400, steps=1800)),
+    (dict(reviews=TEXTS), DATA | dict(reviews=10_000, vocab=2048, lm_steps=2000)),
     (dict(reviews=TEXTS[:4003]), DATA | dict(reviews=4003, vocab=1000, lm_steps=1334)),
     (dict(pretrained=SMALL), INIT | dict(lm_steps=150, length=8)),      # as much as has room
     (dict(reviews=TEXTS[:6049], pretrained=SMALL),
      DATA | INIT | dict(reviews=6049, lm_steps=120)),
     (dict(flags=["--quick"]), QUICK | dict(reviews=600, vocab=400, width=32)),
     # what the command line gives goes before everything
-    (dict(n=9, reviews=TEXTS, flags=["--quick", "--steps", 7, "--m", 9, "--length", 9]),
-     DATA | QUICK | dict(reviews=10_000, vocab=400, width=32, steps=7, m=9, length=9)),
+    (dict(n=9, reviews=TEXTS, flags=["--quick", "--steps", 7, "--m", 8, "--length", 9]),
+     DATA | QUICK | dict(reviews=10_000, vocab=400, width=32, steps=7, m=8, length=9)),
 ])
 def test_text_model_n_and_flags_change_these_settings_and_no_others(given, changed, capsys):
     assert choose(**given) == change(DEFAULTS, **changed)
-    assert capsys.readouterr().out == ""
-
-
-def test_fewer_reference_samples_than_n_are_noted(capsys):
-    choose(9, flags=["--m", 8])
-    assert capsys.readouterr().out == "note: 8 reference samples are few for n = 9; raise --m\n"
+    few = "note: 8 reference samples are few for n = 9; raise --m\n"
+    assert capsys.readouterr().out == (few if changed.get("m") == 8 else "")
