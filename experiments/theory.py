@@ -13,17 +13,18 @@ Some weights are much larger than others. The effective sample size, 1 / Σ weig
 equally weighted samples with the same error. Below 16 no estimate is shown.
 """
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import vbon
-from support import code
 from support.files import UnusableInput
-
-code.read_source(__file__)
+from support.statistics import bon_attains, share_of_sets
 
 MIN_SIZE = 16                           # effective samples below which no estimate is shown
+LARGEST = 2.0 ** 60                     # strength of a tilt that leaves only the best responses
+CODE = ("experiments.theory", "support.statistics", "vbon")     # computes the aims; for `keep`
 
 # -------------------------------------------------------------- best-of-n, from M rewards a prompt
 
@@ -32,7 +33,6 @@ def bon_theory(n: int) -> tuple[float, float]:
 
     n = 4 gives log 4 - 3/4 = 0.636 and 4/5.
     """
-    vbon._check_n(n)
     kl = math.log(n) - (n - 1) / n
     return kl, n / (n + 1)
 
@@ -43,27 +43,9 @@ def cdf_interval(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
     Reward 2 against 1, 2, 2, 3 gives 1/5 and 4/5. Over y ~ π_ref, π_bon/π_ref then has mean 1. It
     serves to be compared with (7); training does not use it.
     """
-    less, equal = vbon._count_less_and_equal(reward, ref_rewards)
+    less, equal = vbon.count_less_and_equal(reward, ref_rewards)
     total = ref_rewards.shape[1] + 1
     return less / total, (less + equal + 1) / total
-
-
-def bon_expected_reward(ref_rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P,)
-    """Return the expected reward of best-of-n, unbiased, for any n up to M.
-
-    It is the mean of the best reward over all sets of n of the M responses. With n = 2, rewards
-    1, 2, 4 give (2 + 4 + 4) / 3. Raises ValueError for n < 1, n > M, and unusable rewards.
-    """
-    # called only for its checks of the rewards
-    vbon._count_less_and_equal(ref_rewards, ref_rewards)
-    m = ref_rewards.shape[1]
-    _check_n(n, m)
-    ordered = ref_rewards.cpu().double().sort(-1).values
-    # The j-th lowest reward is the best of C(j-1, n-1) sets, for j < n of none.
-    j = torch.arange(n, m + 1).double()
-    log_sets = torch.lgamma(j) - torch.lgamma(j - n + 1)        # up to a constant
-    weight = log_sets.softmax(0)
-    return (ordered[:, n - 1:] * weight).sum(-1)
 
 
 def winner_weights(rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P, M)
@@ -74,185 +56,116 @@ def winner_weights(rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P, M)
     ones. Sampling with replacement would let a response compete with itself. Raises ValueError for
     n < 1, n > M, and unusable rewards.
     """
-    less, equal = vbon._count_less_and_equal(rewards, rewards)
+    less, equal = vbon.count_less_and_equal(rewards, rewards)
     m = rewards.shape[1]
-    _check_n(n, m)
+    if type(n) is not int or not 1 <= n <= m:
+        raise ValueError(f"want an integer n from 1 to M = {m}, got {n!r}")
     # the share of sets of n whose best response has at most, or less than, this reward
-    at_most = vbon._share_of_sets(less + equal, n, m)
-    below = vbon._share_of_sets(less, n, m)
+    at_most = share_of_sets(less + equal, n, m)
+    below = share_of_sets(less, n, m)
     return (at_most - below) / equal
 
 
-def _check_n(n: int, m: int) -> None:
-    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= m:
-        raise ValueError(f"want an integer n from 1 to M = {m}, got {n!r}")
+def bon_expected_reward(ref_rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P,)
+    """Return the expected reward of best-of-n, unbiased, for any n up to M.
 
-# -------------------------------------------------------------------------------- what tilts attain
-
-def tilt(score: Tensor, ref_rewards: Tensor) -> dict[str, float]:  # (P, M), (P, M)
-    """Return what the tilt of the reference by exp(score) attains, as means over the prompts.
-
-    That is reward, win_rate, kl_ref in nats, and ess, the effective sample size. A score of 0 gives
-    the reference itself: win rate 1/2, KL 0, and M effective samples.
+    It is the mean of the best reward over all sets of n of the M responses. With n = 2, rewards
+    1, 2, 4 give (2 + 4 + 4) / 3. Raises ValueError as `winner_weights`.
     """
-    weight = score.cpu().double().softmax(-1)
-    return _attained(weight, ref_rewards)
-
-
-def best_of_n(n: int, ref_rewards: Tensor) -> dict[str, float]:
-    """Return what best-of-n attains, under the same names; the win rate is vbon.bon_attains'."""
-    found = _attained(bon_weights(n, ref_rewards), ref_rewards)
-    _, found["win_rate"] = vbon.bon_attains(ref_rewards, n)
-    # in this mean a response competes with itself; in the following one it does not
-    found["reward"] = bon_expected_reward(ref_rewards, n).mean().item()
-    return found
+    return (winner_weights(ref_rewards, n) * ref_rewards.cpu().double()).sum(-1)
 
 
 def bon_weights(n: int, ref_rewards: Tensor) -> Tensor:  # (P, M) -> (P, M)
     """Return π_bon, if the M responses, equally probable, were all there are."""
-    less, equal = vbon._count_less_and_equal(ref_rewards, ref_rewards)
+    less, equal = vbon.count_less_and_equal(ref_rewards, ref_rewards)
     m = ref_rewards.shape[1]
     return (((less + equal) / m) ** n - (less / m) ** n) / equal
 
+# --------------------------------------------------------------------- what a distribution attains
 
-def _attained(weight: Tensor, ref_rewards: Tensor) -> dict[str, float]:
-    """Return means over responses with the weights (P, M), which sum to 1 for each prompt."""
-    rewards = ref_rewards.cpu().double()
-    wins = vbon.win_rate(rewards, rewards)
+def attained(weight: Tensor, ref_rewards: Tensor) -> dict[str, float]:
+    """Return what a policy attains that has the weights (P, M), which sum to 1 for each prompt.
+
+    These are means over the prompts: win_rate, kl_ref in nats, and ess, the effective sample size.
+    Weights of 1/M are the reference itself: win rate 1/2, KL 0, M effective samples.
+    """
+    wins = vbon.win_rate(ref_rewards, ref_rewards)
     return {
-        "reward": (weight * rewards).sum(-1).mean().item(),
         "win_rate": (weight * wins).sum(-1).mean().item(),
-        "kl_ref": _kl(weight),
-        "ess": _size(weight),
+        "kl_ref": kl_to_reference(weight),
+        "ess": (1 / weight.square().sum(-1)).mean().item(),
     }
 
 
-def _kl(weight: Tensor) -> float:
+def kl_to_reference(weight: Tensor) -> float:  # (P, M)
     """Return the KL to the reference, which has the weight 1/M for each of the M responses."""
     ratio = weight * weight.shape[1]
     return torch.xlogy(ratio, ratio).mean().item()
 
 
-def _size(weight: Tensor) -> float:
-    """Return the effective sample size, as a mean over the prompts."""
-    return (1 / weight.square().sum(-1)).mean().item()
+def best_of_n(n: int, ref_rewards: Tensor) -> dict[str, float]:
+    """Return what best-of-n attains, under the same names; the win rate is that of bon_attains."""
+    found = attained(bon_weights(n, ref_rewards), ref_rewards)
+    _, found["win_rate"] = bon_attains(ref_rewards, n)
+    return found
 
 
 def strength(kl: float, values: Tensor) -> float:  # (P, M)
     """Return the t for which the tilt by exp(t · values) has this KL to the reference, or inf.
 
-    The KL grows with t, so t is found by bisection, to 12 digits.
+    The KL grows with t, so log2 t is found by bisection.
     """
-    values = _from_the_top(values)
+    # the largest value of each prompt becomes 0: the tilt is the same, without overflow
+    values = values.cpu().double()
+    values = values - values.max(-1, keepdim=True).values
     # in units of the values' own spread: rewards may be of size 1e20 or 1e-20
-    spread = _spread(values)
+    spread = values.abs().max().item() or 1.0
     values = values / spread
-    low = 0.0
-    high = 1.0
-    while _kl_of_tilt(high, values) < kl:
-        low = high
-        high = 2 * high
-        if high > LARGEST:
-            return math.inf
-    while high - low > 1e-12 * high:
+    low = -math.log2(LARGEST)
+    high = math.log2(LARGEST)
+    if kl_to_reference((LARGEST * values).softmax(-1)) < kl:
+        return math.inf
+    while high - low > 1e-12:
         middle = (low + high) / 2
-        if _kl_of_tilt(middle, values) < kl:
+        if kl_to_reference((2 ** middle * values).softmax(-1)) < kl:
             low = middle
         else:
             high = middle
-        if high < 1 / LARGEST:
-            return 0.0
-    return high / spread
+    return 2 ** high / spread
 
 
-def _kl_of_tilt(t: float, values: Tensor) -> float:
-    """Return the KL of the tilt by exp(t · values), as a mean over the prompts.
-
-    It is t times the mean value, minus the log of the mean of exp(t · values) under the reference.
-    """
-    weight = (t * values).exp()
-    total = weight.sum(-1)
-    mean = (weight * values).sum(-1) / total
-    kl = t * mean - (total / values.shape[1]).log()
-    return kl.mean().item()
-
-
-LARGEST = 2.0 ** 60                     # of t · spread: beyond, only the best responses are left
-
-
-def _spread(values: Tensor) -> float:
-    """Return the largest distance of a value from the best one of its prompt; 1 for equal ones."""
-    return _from_the_top(values).abs().max().item() or 1.0
-
-
-def _from_the_top(values: Tensor) -> Tensor:
-    """Subtract the largest value of each prompt: the tilt is the same, without overflow."""
-    values = values.cpu().double()
-    return values - values.max(-1, keepdim=True).values
-
-
-def highest(plane: str, kl: float, ref_rewards: Tensor) -> float | None:
-    """Return the highest "win_rate" or "reward" of all policies with this KL to the reference.
+def highest_win_rate(kl: float, ref_rewards: Tensor) -> float | None:
+    """Return the highest win rate of all policies with this KL to the reference.
 
     None if fewer than 16 effective samples are left: M rewards are too few that far away.
     """
-    weight = highest_weights(plane, kl, ref_rewards)
-    if weight is None:
-        return None
-    return _attained(weight, ref_rewards)[plane]
-
-
-def highest_weights(plane: str, kl: float, ref_rewards: Tensor) -> Tensor | None:
-    """Return the policy that is the highest at this KL, as weights (P, M) of the M responses."""
-    rewards = ref_rewards.cpu().double()
-    values = rewards
-    if plane == "win_rate":
-        values = vbon.win_rate(rewards, rewards)
-    # If no tilt is that far away, the tilt that keeps only the best responses is the highest: the
+    wins = vbon.win_rate(ref_rewards, ref_rewards)
+    # If no tilt is that far away, the one that keeps only the best responses is the highest: the
     # rest of the KL brings nothing.
-    t = min(strength(kl, values), LARGEST / _spread(values))
-    weight = (t * _from_the_top(values)).softmax(-1)
-    return weight if _size(weight) >= MIN_SIZE else None
+    t = min(strength(kl, wins), LARGEST)
+    found = attained((t * wins).softmax(-1), ref_rewards)
+    return found["win_rate"] if found["ess"] >= MIN_SIZE else None
 
 
-def find_beta(ref_rewards: Tensor, n: int, method: str = "kl-rl") -> float:  # (P, M)
-    """Return the β, to three digits, for which the aim of a method has the KL to the reference of
-    best-of-n.
+def curves(ref_rewards: Tensor) -> dict[str, list[tuple[float, float]]]:
+    """Return two curves, as lists of KL to the reference and win rate.
 
-    Raises UnusableInput if there is none, or if too few effective samples are left.
+    "best-of-n" has a point for n = 1, 2, 3, ..., "highest" is the highest win rate at each KL. Both
+    end where fewer than 16 effective samples are left.
     """
-    kl = best_of_n(n, ref_rewards)["kl_ref"]
-    instead = "give --beta" if method == "kl-rl" else f"leave out {method}"
-    if method in ("kl-rl", "infalign-ctrl"):
-        t = strength(kl, method_values(method, n, ref_rewards, ref_rewards))
-        beta = 1 / t if t > 0 else math.inf
-    else:
-        beta = _bisect_beta(kl, ref_rewards, n, method)
-    if kl <= 0 or not 0 < beta < math.inf:
-        raise UnusableInput(f"--n {n}: with this reward, no beta of {method} goes as far as "
-                            f"best of {n}; {instead}")
-    size = _size(aim_weights(method, n, beta, ref_rewards))
-    if size < MIN_SIZE:
-        raise UnusableInput(f"--n {n}: beta cannot be found, since the {ref_rewards.shape[1]} "
-                            f"samples of a prompt are worth only {size:.0f} at this distance, want "
-                            f"{MIN_SIZE}; {instead}")
-    return float(f"{beta:.3g}")
-
-
-def _bisect_beta(kl: float, ref_rewards: Tensor, n: int, method: str) -> float:
-    """Return the β of an aim with this KL, or inf: the KL falls as β grows."""
-    spread = _spread(method_values(method, n, ref_rewards, ref_rewards))
-    low = math.log(spread) - 7
-    high = math.log(spread) + 7
-    if _kl(aim_weights(method, n, math.exp(low), ref_rewards)) < kl:
-        return math.inf
-    while high - low > 1e-3:
-        middle = (low + high) / 2
-        if _kl(aim_weights(method, n, math.exp(middle), ref_rewards)) > kl:
-            low = middle
-        else:
-            high = middle
-    return math.exp(middle)
+    wins = vbon.win_rate(ref_rewards, ref_rewards)
+    found = {"best-of-n": [], "highest": [(0.0, 0.5)]}
+    for n in range(1, ref_rewards.shape[1] + 1):
+        point = best_of_n(n, ref_rewards)
+        if point["ess"] < MIN_SIZE:
+            break
+        found["best-of-n"].append((point["kl_ref"], point["win_rate"]))
+    for i in range(80):
+        point = attained((0.1 * 1.1 ** i * wins).softmax(-1), ref_rewards)
+        if point["ess"] < MIN_SIZE:
+            break
+        found["highest"].append((point["kl_ref"], point["win_rate"]))
+    return found
 
 # ------------------------------------------------------------------- who wins if it is decoded by N
 
@@ -276,9 +189,9 @@ def wins_over_best(reward: Tensor, ref_rewards: Tensor, n: int) -> Tensor:
     An unbiased estimate of F^n: the share of sets of n whose rewards are all lower; a tie counts
     half.
     """
-    less, equal = vbon._count_less_and_equal(reward, ref_rewards)
+    less, equal = vbon.count_less_and_equal(reward, ref_rewards)
     m = ref_rewards.shape[1]
-    return (vbon._share_of_sets(less, n, m) + vbon._share_of_sets(less + equal, n, m)) / 2
+    return (share_of_sets(less, n, m) + share_of_sets(less + equal, n, m)) / 2
 
 
 def decoded_win_rate_of(weight: Tensor, ref_rewards: Tensor, n: int, worst: bool = False
@@ -290,21 +203,22 @@ def decoded_win_rate_of(weight: Tensor, ref_rewards: Tensor, n: int, worst: bool
     rewards = ref_rewards.cpu().double()
     if worst:
         return 1 - decoded_win_rate_of(weight, -rewards, n)
-    below, at_most = _cdf(weight, rewards)
-    # the probability of being the best of n: (4), in sums of products
-    j = vbon._numbers(0, n - 1, weight)
-    chance = weight * (at_most ** (n - 1 - j) * below ** j).sum(0)
-    return (chance * _power_of_cdf(rewards, n)).sum(-1).mean().item()
+    below, at_most = cdf(weight, rewards)
+    # the probability of being the best of n: (4), as a sum of products
+    total = torch.zeros_like(weight)
+    for j in range(n):
+        total += at_most ** (n - 1 - j) * below ** j
+    return (weight * total * power_of_cdf(rewards, n)).sum(-1).mean().item()
 
 
-def _power_of_cdf(rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P, M)
+def power_of_cdf(rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P, M)
     """Return F^n, ties averaged, if the M responses are all there are."""
-    less, equal = vbon._count_less_and_equal(rewards, rewards)
+    less, equal = vbon.count_less_and_equal(rewards, rewards)
     m = rewards.shape[1]
     return ((less / m) ** n + ((less + equal) / m) ** n) / 2
 
 
-def _cdf(weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def cdf(weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the probabilities (P, M) of a lower value, and of one that is lower or equal."""
     values = values.contiguous()
     ordered, order = values.sort(-1)
@@ -319,26 +233,80 @@ def _cdf(weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 AT_BON = ("vbon", "bon-sft", "bond")
 FIXED_POINTS = ("max-at-k", "max-at-k-win", "infalign", "wind")
 WITH_BETA = ("kl-rl", "infalign-ctrl", *FIXED_POINTS, "pessimism")
-KNOWN = (*AT_BON, "bound", "bonbon", *WITH_BETA)
 
 
-def aim(method: str, n: int, beta: float | None, ref_rewards: Tensor) -> dict[str, float] | None:
-    """Return what a policy attains that has reached the target of its method.
+def find_aim(method: str, n: int, ref_rewards: Tensor, beta: float | None = None) -> dict:
+    """Return β and what the method aims at; a stage for `keep`.
 
-    As `tilt`; kl_bon, the KL of the target itself to best-of-n; and decoded_win_rate and
-    worst_win_rate, what it wins if it is decoded by best-of-n or worst-of-n. None if fewer than 16
-    effective samples are left.
+    A β that is not given is the one whose aim is as far from the reference as best-of-n; it is None
+    for a method without β. Then as `aim_of_weights`. Raises UnusableInput as `find_beta`.
     """
-    weight = aim_weights(method, n, beta, ref_rewards)
-    found = _attained(weight, ref_rewards)
-    if found["ess"] < MIN_SIZE:
-        return None
-    if method in AT_BON:
-        found = best_of_n(n, ref_rewards)
+    if beta is None and method in WITH_BETA:
+        beta = find_beta(ref_rewards, n, method)
+    found = aim_of_weights(aim_weights(method, n, beta, ref_rewards), n, ref_rewards)
+    if method in AT_BON and found:
+        # with weights, a response competes with itself; here it does not
+        wins = best_of_n(n, ref_rewards)["win_rate"]
+        found["below_win_rate"] += found["win_rate"] - wins
+        found["win_rate"] = wins
+    return {"beta": beta} | found
+
+
+def aim_of_weights(weight: Tensor, n: int, ref_rewards: Tensor) -> dict[str, float]:
+    """Return what an aim attains that has these weights (P, M).
+
+    As `attained`; kl_bon, its KL to best-of-n; below_win_rate, how far its win rate is below the
+    highest at its KL; and decoded_win_rate and worst_win_rate, what it wins if it is decoded by
+    best-of-n or worst-of-n. Nothing if fewer than 16 effective samples are left.
+    """
+    found = attained(weight, ref_rewards)
+    highest = highest_win_rate(found["kl_ref"], ref_rewards)
+    if found["ess"] < MIN_SIZE or highest is None:
+        return {}
     kl_bon = torch.xlogy(weight, weight) - torch.xlogy(weight, bon_weights(n, ref_rewards))
     return found | {"kl_bon": kl_bon.sum(-1).mean().item(),
+                    "below_win_rate": highest - found["win_rate"],
                     "decoded_win_rate": decoded_win_rate_of(weight, ref_rewards, n),
                     "worst_win_rate": decoded_win_rate_of(weight, ref_rewards, n, worst=True)}
+
+
+def find_beta(ref_rewards: Tensor, n: int, method: str = "kl-rl") -> float:  # (P, M)
+    """Return the β, to three digits, for which the aim of a method has the KL to the reference of
+    best-of-n.
+
+    Raises UnusableInput if there is none, or if too few effective samples are left.
+    """
+    kl = best_of_n(n, ref_rewards)["kl_ref"]
+    if method in ("kl-rl", "infalign-ctrl"):
+        beta = 1 / strength(kl, method_values(method, n, ref_rewards, ref_rewards))
+    else:
+        beta = bisect_beta(kl, ref_rewards, n, method)
+    if kl <= 0 or not 0 < beta < math.inf:
+        raise UnusableInput(f"{method} at n = {n}: with this reward, no beta takes it as far as best "
+                            f"of {n}; want another n or reward, or leave it out of --method")
+    size = attained(aim_weights(method, n, beta, ref_rewards), ref_rewards)["ess"]
+    if size < MIN_SIZE:
+        raise UnusableInput(f"{method} at n = {n}: as far away as best of {n}, the "
+                            f"{ref_rewards.shape[1]} held-out samples of a prompt are worth only "
+                            f"{size:.0f}, want {MIN_SIZE}; give a larger --m-eval")
+    return float(f"{beta:.3g}")
+
+
+def bisect_beta(kl: float, ref_rewards: Tensor, n: int, method: str) -> float:
+    """Return the β of an aim with this KL, or inf: the KL falls as β grows."""
+    values = method_values(method, n, ref_rewards, ref_rewards)
+    spread = (values.max(-1).values - values.min(-1).values).max().item() or 1.0
+    low = math.log(spread) - 7
+    high = math.log(spread) + 7
+    if kl_to_reference(aim_weights(method, n, math.exp(low), ref_rewards)) < kl:
+        return math.inf
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        if kl_to_reference(aim_weights(method, n, math.exp(middle), ref_rewards)) > kl:
+            low = middle
+        else:
+            high = middle
+    return math.exp(middle)
 
 
 def aim_weights(method: str, n: int, beta: float | None, ref_rewards: Tensor) -> Tensor:
@@ -353,16 +321,14 @@ def aim_weights(method: str, n: int, beta: float | None, ref_rewards: Tensor) ->
         return ((n - 1) * vbon.empirical_cdf(rewards, rewards).log()).softmax(-1)
     if method == "bonbon":
         return bonbon_weights(n, rewards)
-    if method not in WITH_BETA:
-        raise ValueError(f"the aim of {method} is unknown")
     values = method_values(method, n, rewards, rewards)
     if method == "infalign":
         # here the M responses are all there are, so F is known
-        values = _power_of_cdf(rewards, n)
+        values = power_of_cdf(rewards, n)
     if method == "pessimism":
         return pessimism_weights(values, beta)
     if method == "wind":
-        return fixed_point(lambda weight: sum(_cdf(weight, values)) / 2, beta, values)
+        return fixed_point(lambda weight: sum(cdf(weight, values)) / 2, beta, values)
     if method in FIXED_POINTS:
         return fixed_point(lambda weight: expected_best(weight, values, n), beta, values)
     return (values / beta).softmax(-1)
@@ -380,7 +346,7 @@ def method_values(method: str, n: int, reward: Tensor, ref_rewards: Tensor) -> T
     return wins
 
 
-def fixed_point(phi, beta: float, values: Tensor) -> Tensor:
+def fixed_point(phi: Callable, beta: float, values: Tensor) -> Tensor:
     """Return the weights (P, M) that are ∝ exp(phi(weights) / β).
 
     The plain iteration oscillates, so each step goes only a part of the way, in logs.
@@ -469,51 +435,18 @@ def best_and_worst(n: int, rewards: Tensor) -> Tensor:  # (M,) -> (M, M)
     Each of the n is one of the M with equal probability. Ties are broken at random; of n responses
     with the same reward, the best and the worst are two of them.
     """
-    less, equal = vbon._count_less_and_equal(rewards[None], rewards[None])
+    less, equal = vbon.count_less_and_equal(rewards[None], rewards[None])
     m = len(rewards)
     below = less[0] / m
-    size = equal[0] / m
-    at_most = below + size
-
-    def between(high: Tensor, low: Tensor) -> Tensor:
-        """Return the probability that all n are above low_j and below high_i."""
-        return (high[:, None] - low[None, :]).clamp(min=0) ** n
-
+    at_most = below + equal[0] / m
     # all n are in the levels from j to i, but not all above j, and not all below i
-    chance = between(at_most, below) - between(at_most, at_most) - between(below, below)
-    chance = chance + between(below, at_most)
+    chance = all_between(at_most, below, n) - all_between(at_most, at_most, n)
+    chance = chance - all_between(below, below, n) + all_between(below, at_most, n)
     pairs = chance / (equal[0][:, None] * equal[0][None, :])
     # where y_j is better than y_i, there is no such pair
     return torch.where(rewards[:, None] >= rewards[None, :], pairs, 0.0)
 
-# ------------------------------------------------------------------------------------ three curves
 
-def curves(ref_rewards: Tensor) -> dict[str, list[dict[str, float]]]:
-    """Return three curves, as lists of results of `tilt`.
-
-    "best-of-n": n = 1, 2, 3, ... "win_rate", "reward": the highest one at each KL. Each curve ends
-    where fewer than 16 effective samples are left.
-    """
-    found = {"best-of-n": [], "win_rate": [], "reward": []}
-    n = 1
-    while n <= ref_rewards.shape[1]:
-        point = best_of_n(n, ref_rewards)
-        if point["ess"] < MIN_SIZE:
-            break
-        found["best-of-n"].append(point)
-        # from 6 on not every n: it would only make plotting slow
-        n = max(n + 1, round(1.2 * n))
-    rewards = ref_rewards.cpu().double()
-    wins = vbon.win_rate(rewards, rewards)
-    for plane, values in (("win_rate", wins), ("reward", rewards)):
-        found[plane].append(tilt(0 * values, rewards))
-        t = strength(0.001, values)
-        for _ in range(100):
-            if t > LARGEST / _spread(values):
-                break
-            point = tilt(t * _from_the_top(values), rewards)
-            if point["ess"] < MIN_SIZE:
-                break
-            found[plane].append(point)
-            t = 1.1 * t
-    return found
+def all_between(high: Tensor, low: Tensor, n: int) -> Tensor:  # (M,), (M,) -> (M, M)
+    """Return the probability that all n are above the share low_j and below the share high_i."""
+    return (high[:, None] - low[None, :]).clamp(min=0) ** n
