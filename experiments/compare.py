@@ -20,10 +20,10 @@ from experiments import decoders, methods, summary, theory
 from experiments.own_method import OwnMethod
 from model import GPT
 from support import options, report, results
-from support.files import UnusableInput, write_lines, write_whole
+from support.files import UnusableInput, write_lines
 from support.inputs import read_inputs
 from support.kept import keep
-from support.settings import choose_settings
+from support.settings import choose_settings, flag, flat
 from support.statistics import mean_and_error
 
 NAMES = (*methods.METHODS, "pessimism")                 # the last one is a decoder
@@ -33,18 +33,10 @@ NAMES = (*methods.METHODS, "pessimism")                 # the last one is a deco
 class Entry(NamedTuple):
     """A method that takes part in the comparison."""
     method: str
-    folder: str                         # a part of the names of what is left in --out
-    beta: float | None = None
-    aim: dict = {}                      # as theory.aim_of_weights; empty if unknown
+    beta: float | None
+    aim: dict                           # of theory.aim_of_weights; empty if unknown
     own: OwnMethod | None = None        # if it is a file of the user
-
-
-class Policy(NamedTuple):
-    """A trained policy, and what train.evaluate has found."""
-    entry: Entry
-    model: GPT
-    seconds: float
-    evaluated: dict
+    mark: dict = {}                     # what names the code of this file in a result line
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,158 +47,123 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     inputs = read_inputs(args)
     settings = {n: choose_settings(train.Settings(), args, n, inputs) for n in args.n}
-    chosen = {n: choose_methods(args, n, settings[n]) for n in args.n}
     results.read_results(out)                           # if they are damaged, say so now
+    for n in args.n:
+        report.note_small_m(settings[n].samples.m, n)
+        for name in args.method or []:
+            check_method(name, n, settings[n])
 
     rows = []
     pool = []                                           # held-out reference rewards of all seeds
-    samples = ""
     for seed in args.seed:
         # text, reward, reference model and reference samples do not depend on N
         print(f"seed {seed}", flush=True)
         world = train.prepare(inputs, settings[args.n[0]], out / "cache", seed)
         pool.append(world.held_out.reward)
         # first all aims: if a β cannot be found, better now than after an hour
-        entries = {n: find_entries(args, chosen[n], own, world, n, seed) for n in args.n}
+        entries = {n: find_entries(args, own, world, n, settings[n], seed) for n in args.n}
         for n in args.n:
             made_by = results.describe(settings[n], world.text, inputs, args.quick)
             lines = measure_decoding(world, entries[n], n, seed)
-            policies = []
             for entry in entries[n]:
-                if entry.method == "pessimism":         # nothing to train
-                    continue
-                policy = get_policy(out / "cache", world, entry, n, settings[n], seed)
-                policies.append(policy)
-                line = policy_line(world, policy, n, seed)
-                lines.append((line, entry.aim))
-                leave_policy(out, world, policy, line | made_by)
+                if entry.method != "pessimism":         # there is nothing to train
+                    tuned, evaluated = get_policy(out / "cache", world, entry, n, settings[n], seed)
+                    line = train.policy_row(entry.method, world, evaluated, n, tuned["seconds"])
+                    line |= decoded(evaluated["reward"], world, n)
+                    line |= {"seed": seed, "beta": entry.beta} | entry.mark
+                    leave_policy(out, world, tuned["policy"], evaluated, line | made_by)
+                    lines.append((line, entry.aim))
             results.add_results(out, [line | made_by for line, _ in lines])
-            results.export_model(out / f"reference-seed{seed}", world.reference,
-                                 world.text.encoding, lines[0][0] | made_by)
-            samples += sample_text(world, policies, n, seed)
             rows += [line | beside(line, aim, world.held_out.reward) for line, aim in lines]
+        results.export_model(out / f"reference-seed{seed}", world.reference, world.text.encoding,
+                             lines[0][0] | made_by)
 
     # ---- what all of it says, over the seeds
-    write_whole(out / "samples.txt", samples.encode("utf-8"))
     pool = torch.cat(pool)
-    groups = summary.over_seeds(rows, args.beta is not None)
+    groups = summary.over_seeds(rows)
     summary.print_table(groups, pool)
     summary.print_aims(groups)
     summary.plot_results(out / "pareto.png", groups, pool)
     if args.quick:
         print("\n--quick shows only that the program runs: its models are hardly trained.")
-    print(f"\n{time.monotonic() - began:.0f} s; {out}/ holds the picture pareto.png, some responses "
-          f"in samples.txt\nand all in responses-*.jsonl, and all models")
+    print(f"\n{time.monotonic() - began:.0f} s; {out}/ holds the picture pareto.png, all responses "
+          f"in responses-*.jsonl,\nand all models")
 
 # ------------------------------------------------------------------------- the methods and their β
 
-def choose_methods(args: argparse.Namespace, n: int, settings: train.Settings) -> list[str]:
-    """Return the methods for one N: those of --method, or all that can be trained for this N.
-
-    Raises UnusableInput for a method of --method that cannot.
-    """
-    if not args.quick:
-        report.note_small_m(settings.samples.m, n)
-    chosen = []
-    for name in args.method or NAMES:
-        if name.endswith(".py"):
-            continue
-        wanted = misfit(name, n, settings)
-        if wanted is None:
-            chosen.append(name)
-        elif args.method is not None:
-            raise UnusableInput(f"--n {n}: {wanted}")
-        else:
-            print(f"left out for N = {n}: {wanted}")
-    return chosen
+def check_method(method: str, n: int, settings: train.Settings) -> None:
+    """Raise UnusableInput if a method cannot be trained for this N."""
+    least = {}
+    if method in (*methods.FROM_WINNERS, "infalign"):   # from sets of N of the M cached responses
+        least["m"] = n
+    if method in methods.FROM_SETS:                     # from sets of N of the K own responses
+        least["k"] = n
+    if method == "pessimism":
+        least["m_eval"] = n + 1
+    for name, number in least.items():
+        if flat(settings)[name] < number:
+            raise UnusableInput(f"{method} at n = {n}: want {flag(name)} {number} or more")
 
 
-def misfit(method: str, n: int, settings: train.Settings) -> str | None:
-    """Return why a method cannot be trained for this N, and what to do, or None if it can."""
-    sizes = settings.samples
-    if method in (*methods.FROM_WINNERS, "infalign") and n > sizes.m:
-        return f"{method} needs n different reference samples; give --m {n} or more"
-    if method in methods.FROM_SETS and n > settings.tuning.k:
-        return f"{method} needs n responses to a prompt in an update; give --k {n} or more"
-    if method == "pessimism" and n >= sizes.m_eval:
-        return f"{method} needs more than n candidates; give --m-eval {n + 1} or more"
-    return None
-
-
-def find_entries(args: argparse.Namespace, names: list[str], own: list[OwnMethod],
-                 world: train.World, n: int, seed: int) -> list[Entry]:
+def find_entries(args: argparse.Namespace, own: list[OwnMethod], world: train.World, n: int,
+                 settings: train.Settings, seed: int) -> list[Entry]:
     """Return what takes part for one N and seed, with β and aims."""
     refs = world.held_out.reward
     entries = []
-    for name in names:
-        betas = [None]
-        if name == "kl-rl" and args.beta is not None:
-            betas = args.beta
-        for beta in betas:
-            try:
-                entries.append(find_entry(Path(args.out, "cache"), name, refs, n, seed, beta))
-            except UnusableInput as problem:
-                # a method that nobody asked for must not stop the others
-                if args.method is not None:
-                    raise
-                print(f"left out: {problem}")
+    for name in args.method or NAMES:
+        if name.endswith(".py"):
+            continue
+        try:
+            check_method(name, n, settings)
+            entries.append(find_entry(Path(args.out, "cache"), name, refs, n, seed))
+        except UnusableInput as problem:
+            # a method that nobody asked for must not stop the others
+            if args.method is not None:
+                raise
+            print(f"left out: {problem}")
     for file in own:
         weight = file.weights(refs, n)
         aim = {} if weight is None else theory.aim_of_weights(weight, n, refs)
-        entries.append(Entry(file.name, file.name, None, aim, file))
+        entries.append(Entry(file.name, None, aim, file, {"method_file": file.mark}))
     return entries
 
 
-def find_entry(cache: Path, method: str, refs: Tensor, n: int, seed: int,
-               beta: float | None = None) -> Entry:
-    """Return a method with its aim; refs: the held-out reference rewards (P', M).
+def find_entry(cache: Path, method: str, refs: Tensor, n: int, seed: int) -> Entry:
+    """Return a method with its β and aim; refs: the held-out reference rewards (P', M).
 
-    A β that is not given is the one whose aim is as far from the reference as best-of-n. Raises
-    UnusableInput if there is none.
+    Raises UnusableInput if there is no β whose aim is as far from the reference as best-of-n.
     """
-    aim = keep(cache, f"aim-{method}-n{n}-seed{seed}", theory.find_aim, method, n, refs, beta,
+    aim = keep(cache, f"aim-{method}-n{n}-seed{seed}", theory.find_aim, method, n, refs,
                code=theory.CODE)
-    folder = method if beta is None else f"{method}-beta{beta:g}"
-    return Entry(method, folder, aim.pop("beta"), aim)
+    return Entry(method, aim.pop("beta"), aim)
 
 # ------------------------------------------------------------------------ fine-tuning, evaluation
 
 def get_policy(cache: Path, world: train.World, entry: Entry, n: int, settings: train.Settings,
-               seed: int) -> Policy:
-    """Fine-tune with one method and evaluate, or take both from the cache."""
+               seed: int) -> tuple[dict, dict]:
+    """Return what train.fine_tune and train.evaluate return, from the cache if it is there.
+
+    The policy is on the device of the reference.
+    """
     name = entry.method
     aim = f"n{n}"
-    code = methods.CODE
-    if entry.own is not None:
-        method = entry.own.method(n)
-    elif name == "vbon":
-        # the policy of train.py, from its cache if it is there
-        method = methods.choose_method(name, n, None)
-        code = train.TUNING
-    elif name == "kl-rl":
+    train_n = n
+    if name == "kl-rl":
         # its target has no N: a policy of one β serves every N
-        method = methods.choose_method(name, 1, entry.beta)
         aim = f"beta{entry.beta:g}"
-    else:
-        method = methods.choose_method(name, n, entry.beta)
-    tuned = keep(cache, f"policy-{name}-{aim}-seed{seed}", train.fine_tune, method,
-                 1 if name == "kl-rl" else n, world.reference, world.reward, world.samples,
-                 settings.tuning, seed, code=code, resumable=True)
-    model = tuned["policy"].to(world.reference.wte.weight.device)
-    evaluated = keep(cache, f"evaluation-{name}-n{n}-seed{seed}", train.evaluate, model,
+        train_n = 1
+    choose = methods.choose_method if entry.own is None else entry.own.choose_method
+    method = choose(name, train_n, entry.beta)
+    # vBoN is the policy of train.py, from its cache if it is there
+    code = train.TUNING if name == "vbon" else methods.CODE
+    tuned = keep(cache, f"policy-{name}-{aim}-seed{seed}", train.fine_tune, method, train_n,
+                 world.reference, world.reward, world.samples, settings.tuning, seed, code=code,
+                 resumable=True)
+    tuned["policy"].to(world.reference.wte.weight.device)
+    evaluated = keep(cache, f"evaluation-{name}-n{n}-seed{seed}", train.evaluate, tuned["policy"],
                      world.reference, world.reward, world.held_out.prompt, settings.samples.k_eval,
                      world.text.length, name, seed, code=train.TUNING)
-    return Policy(entry, model, tuned["seconds"], evaluated)
-
-
-def policy_line(world: train.World, policy: Policy, n: int, seed: int) -> dict:
-    """Return the line of a policy; vBoN's is the one that train.py writes."""
-    entry = policy.entry
-    row = train.policy_row(entry.method, world, policy.evaluated, n, policy.seconds)
-    row |= decoded(policy.evaluated["reward"], world, n) | {"seed": seed, "beta": entry.beta}
-    if entry.own is not None:
-        row["method_file"] = entry.own.mark
-    return row
+    return tuned, evaluated
 
 
 def measure_decoding(world: train.World, entries: list[Entry], n: int, seed: int
@@ -217,16 +174,18 @@ def measure_decoding(world: train.World, entries: list[Entry], n: int, seed: int
     """
     rewards = world.candidates.reward
     # the best of n responses of best-of-n is the best of n² responses
-    found = [(train.reference_row(world, n) | decoded(rewards, world, n), None, {}),
-             (train.best_of_n_row(world, n, seed) | decoded(rewards, world, n, n * n), None, {})]
+    row = train.reference_row(world, n) | decoded(rewards, world, n)
+    found = [(row | {"beta": None}, {})]
+    row = train.best_of_n_row(world, n, seed) | decoded(rewards, world, n, n * n)
+    found.append((row | {"beta": None}, {}))
     for entry in entries:
-        if entry.method == "kl-rl":
+        if entry.method == "kl-rl":                     # soft best-of-n has its β
             row, chosen = decoders.soft_best_of_n_row(world, n, entry.beta, seed)
-            found.append((row | decoded(chosen, world, n), entry.beta, {}))
+            found.append((row | decoded(chosen, world, n) | {"beta": entry.beta}, {}))
         elif entry.method == "pessimism":
             row, chosen = decoders.pessimism_row(world, n, entry.beta, seed)
-            found.append((row | decoded(chosen, world, n), entry.beta, entry.aim))
-    return [(row | {"seed": seed, "beta": beta}, aim) for row, beta, aim in found]
+            found.append((row | decoded(chosen, world, n) | {"beta": entry.beta}, entry.aim))
+    return [(row | {"seed": seed}, aim) for row, aim in found]
 
 
 def decoded(reward: Tensor, world: train.World, n: int, own_n: int | None = None
@@ -248,32 +207,19 @@ def beside(line: dict, aim: dict, refs: Tensor) -> dict[str, float | None]:
     named = {f"aim_{name}": value for name, value in aim.items()}
     return named | {"below_win_rate": below, "below_win_rate_se": line["win_rate_se"]}
 
-# --------------------------------------------------------------------------------- what is left
 
-def leave_policy(out: Path, world: train.World, policy: Policy, line: dict) -> None:
+def leave_policy(out: Path, world: train.World, model: GPT, evaluated: dict, line: dict) -> None:
     """Write a policy as a folder, such as policy-bound-n4-seed0, and all its responses.
 
     vBoN's have the names that train.py gives them.
     """
-    name = f"n{line['n']}-seed{line['seed']}"
-    if policy.entry.method != "vbon":
-        name = f"{policy.entry.folder}-{name}"
+    method = "" if line["method"] == "vbon" else f"{line['method']}-"
+    name = f"policy-{method}n{line['n']}-seed{line['seed']}"
     encoding = world.text.encoding
-    results.export_model(out / f"policy-{name}", policy.model, encoding, line)
-    records = results.response_records(policy.entry.method, "evaluation", world.held_out.prompt,
-                                       policy.evaluated, encoding)
-    write_lines(out / f"responses-policy-{name}.jsonl", records)
-
-
-def sample_text(world: train.World, policies: list[Policy], n: int, seed: int) -> str:
-    """Return some prompts with a response of the reference, of best-of-n and of each policy."""
-    models = [("reference", world.reference, 1), (f"best of {n}", world.reference, n)]
-    for policy in policies:
-        models.append((summary.title(policy.entry.method, n), policy.model, 1))
-    prompts = world.held_out.prompt[:8].to(world.reference.wte.weight.device)
-    text = results.sample_text(world.text.encoding, prompts, world.reward, models,
-                               world.text.length, seed)
-    return f"N = {n}, seed {seed}\n\n{text}\n"
+    results.export_model(out / name, model, encoding, line)
+    records = results.response_records(line["method"], "evaluation", world.held_out.prompt,
+                                       evaluated, encoding)
+    write_lines(out / f"responses-{name}.jsonl", records)
 
 # --------------------------------------------------------------------------------- the command line
 
@@ -284,13 +230,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         help=f"What to compare: {', '.join(NAMES)}, or a file of yours (see "
                         "experiments/own_method.py). Pessimism is a decoder. Default: all that fit "
                         "this N.")
-    parser.add_argument("--beta", type=float, nargs="+", help="The beta of kl-rl, one or several. "
-                        "A smaller one goes further away from the reference. Default: for each N "
-                        "the beta whose optimum is as far away as best-of-N.")
     args = parser.parse_args(argv)
-    for name in ("n", "seed", "method", "beta"):        # each once
-        if getattr(args, name) is not None:
-            setattr(args, name, list(dict.fromkeys(getattr(args, name))))
+    args.n = list(dict.fromkeys(args.n))                # each once
+    args.seed = list(dict.fromkeys(args.seed))
     taken = {"ref", "bon", "soft-bon", *NAMES}
     for name in args.method or []:
         if name.endswith(".py"):
@@ -299,11 +241,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             taken.add(Path(name).stem)
         elif name not in NAMES:
             raise UnusableInput(f"--method {name}: want {', '.join(NAMES)}, or a file NAME.py")
-    for beta in args.beta or []:
-        if args.method is not None and "kl-rl" not in args.method:
-            raise UnusableInput("--beta: it belongs to kl-rl; add this to --method")
-        if not 1e-6 <= beta <= 1e6:
-            raise UnusableInput(f"--beta {beta:g}: want a number from 1e-6 to 1e6")
     return args
 
 

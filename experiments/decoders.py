@@ -20,7 +20,7 @@ from model import GPT
 from support.sampling import seeded_generator
 from train import World, decoded_row
 
-# -------------------------------------------------------------------------------- soft best-of-n
+# ---------------------------------------------------- a distribution that is known, from candidates
 
 def soft_best_of_n(reward: Tensor, beta: float, generator: torch.Generator) -> Tensor:
     """Return the index of one of N responses, with probability ∝ exp(r / β). (P, N) -> (P,)"""
@@ -46,7 +46,6 @@ def soft_bon_logprob(ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n
     log_win = torch.nn.functional.logsigmoid(own - rivals)                  # (P, K, groups)
     return ref_logprob + math.log(n) + log_win.logsumexp(-1) - math.log(groups)
 
-# ------------------------------------------------------------------------- InferenceTimePessimism
 
 def pessimism_chance(values: Tensor, ref_values: Tensor, beta: float) -> Tensor:
     """Return the probability with which a response is accepted: (P, K), (P, M) -> (P, K).
@@ -76,7 +75,6 @@ def pessimism_logprob(ref_logprob: Tensor, chance: Tensor, ref_chance: Tensor, n
     rejected = (1 - q) ** n
     return ref_logprob.cpu().double() + (chance * (1 - rejected) / q + rejected).log()
 
-# ------------------------------------------------------- both on the candidates, as best-of-n is
 
 def soft_best_of_n_row(world: World, n: int, beta: float, seed: int) -> tuple[dict, Tensor]:
     """Return the row of soft best-of-n, and the rewards (P', G) of what it has chosen.

@@ -14,7 +14,7 @@ from experiments import decoders, theory
 from support import report
 
 NS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-BETA = 0.5                              # of soft best-of-n and of InferenceTimePessimism
+BETA = 0.5                              # of InferenceTimePessimism
 
 
 def faulty_world(size: int = 1000) -> tuple[Tensor, Tensor]:  # -> (size,), (size,)
@@ -28,37 +28,15 @@ def faulty_world(size: int = 1000) -> tuple[Tensor, Tensor]:  # -> (size,), (siz
     return quality, reward
 
 
-def soft_weights(reward: Tensor, n: int, beta: float) -> Tensor:  # (M,) -> (M,)
-    """Return the distribution of soft best-of-n on M equally probable responses.
-
-    n a ∫ e^(-ta) φ(t)^(n-1) dt / M, where a = e^(r/β) and φ(t) is the mean of e^(-ta) over the M.
-    The integral is over log t, in which the integrand is smooth.
-    """
-    log_a = reward / beta
-    low = -log_a.max().item() - math.log(n) - 25
-    high = -log_a.min().item() + 5
-    log_t = torch.linspace(low, high, 2000).double()[:, None]
-    log_decay = -(log_t + log_a).exp()                              # (2000, M)
-    log_mean = log_decay.logsumexp(1, keepdim=True) - math.log(len(reward))
-    integrand = (log_decay + (n - 1) * log_mean + log_t + log_a).exp()
-    weight = n * torch.trapezoid(integrand, log_t[:, 0], dim=0) / len(reward)
-    return weight / weight.sum()
-
-
-def pessimism_law(reward: Tensor, n: int, beta: float) -> Tensor:  # (M,) -> (M,)
-    """Return the distribution of InferenceTimePessimism on M equally probable responses."""
-    chance = decoders.pessimism_chance(reward[None], reward[None], beta)
-    uniform = torch.full_like(chance, -math.log(len(reward)))
-    return decoders.pessimism_logprob(uniform, chance, chance, n)[0].exp()
-
-
 def qualities() -> dict[str, list[float]]:
     """Return the expected quality for each n of NS, by decoder."""
     quality, reward = faulty_world()
-    found = {"best of n, vBoN": [], "soft best of n": [], "pessimism": []}
+    found = {"best of n, vBoN": [], "pessimism": []}
+    chance = decoders.pessimism_chance(reward[None], reward[None], BETA)
+    uniform = torch.full_like(chance, -math.log(len(reward)))
     for n in NS:
-        laws = (theory.bon_weights(n, reward[None])[0], soft_weights(reward, n, BETA),
-                pessimism_law(reward, n, BETA))
+        laws = (theory.bon_weights(n, reward[None])[0],
+                decoders.pessimism_logprob(uniform, chance, chance, n)[0].exp())
         for values, law in zip(found.values(), laws):
             values.append((law * quality).sum().item())
     return found
@@ -70,7 +48,7 @@ def study(path: Path) -> None:
     print("\nA reward with a fault: 1 % of the responses are bad and have a high reward\n")
     print(f"{'true quality, n =':18}" + "".join(f"{n:>7}" for n in NS))
     with report.figure(path, 1, (5.5, 3.6)) as (axes,):
-        for (name, values), marker in zip(found.items(), "os^"):
+        for (name, values), marker in zip(found.items(), "os"):
             print(f"  {name:16}" + "".join(f"{x:7.2f}" for x in values))
             axes.plot(NS, values, f"{marker}-", ms=5, label=name)
         axes.set(xscale="log", xlabel="n", ylabel="true quality",

@@ -25,13 +25,12 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 import vbon
 from experiments.methods import target_gradient
-from support.kept import digest
 from support.files import UnusableInput, read_text
+from support.kept import digest
 from train import Method
 
 
@@ -45,66 +44,66 @@ class OwnMethod:
         self.path = path
         self.name = Path(path).stem
         self.source = read_text(Path(path))
-        self.module = types.ModuleType(self.name)
+        self.functions = vars(types.ModuleType(self.name))
         self.call(self.load)
         self.mark = digest(ast.dump(ast.parse(self.source)))    # comments and layout do not count
-        if not hasattr(self.module, "target") and not hasattr(self.module, "gradient"):
+        if not {"target", "gradient"}.intersection(self.functions):
             raise UnusableInput(f"--method {path}: want a function target(rollout, ref_rewards, n), "
                                 f"or gradient; experiments/own_method.py has an example")
 
     def load(self) -> None:
         """Run the file."""
-        exec(compile(self.source, self.path, "exec"), self.module.__dict__)
+        exec(compile(self.source, self.path, "exec"), self.functions)
 
     def call(self, function: Callable, *args: object):
-        """Call a function of the file; its exceptions become UnusableInput."""
+        """Call a function; its exceptions become UnusableInput."""
         try:
             return function(*args)
         except (Exception, SystemExit) as error:
-            line = getattr(error, "lineno", None)               # of a syntax error
+            place = self.path
+            if isinstance(error, SyntaxError):
+                place = f"{self.path}:{error.lineno}"
             for frame in traceback.extract_tb(error.__traceback__):
                 if frame.filename == self.path:
-                    line = frame.lineno
-            raise UnusableInput(f"--method {self.path}:{line}: {type(error).__name__}: "
-                                f"{error}") from None
+                    place = f"{self.path}:{frame.lineno}"
+            raise UnusableInput(f"--method {place}: {type(error).__name__}: {error}") from None
 
-    def method(self, n: int) -> Method:
+    def choose_method(self, name: str, n: int, beta: None) -> Method:
         """Return it for train.fine_tune. Another code of the file is another method for `keep`."""
-        return Method(f"{self.name} n={n}", (self.name, self.mark, n), self.gradient)
+        return Method(f"{name} n={n}", (name, self.mark, n), self.gradient)
 
     def gradient(self, *args: object) -> dict[str, float]:
         """Call `gradient` of the file, or follow its target; arguments of train.vbon_gradient."""
-        if hasattr(self.module, "gradient"):
-            stats = self.call(self.module.gradient, *args)
-            if not isinstance(stats, dict):
-                raise UnusableInput(f"--method {self.path}: gradient: want a dict of numbers")
-            return stats
-        return target_gradient(*args, target=self.target, beta=None)
+        if "gradient" not in self.functions:
+            return target_gradient(*args, target=self.target, beta=None)
+        stats = self.call(self.functions["gradient"], *args)
+        if not isinstance(stats, dict):
+            raise UnusableInput(f"--method {self.path}: gradient: want a dict of numbers")
+        return stats
 
     def target(self, rollout: vbon.Rollout, ref_rewards: Tensor, n: int, beta: None) -> Tensor:
         """Return the target (P, K) of the file, checked."""
-        found = self.call(self.module.target, rollout, ref_rewards, n)
-        found = self.check("target", found, rollout.reward.shape)
-        if not found.isfinite().all():
-            raise UnusableInput(f"--method {self.path}: target: want finite log-probabilities; for "
-                                f"a response that must not occur, give rollout.ref_logprob - 30")
-        return found
+        found = self.call(self.functions["target"], rollout, ref_rewards, n)
+        return self.call(checked, found, "target", rollout.reward)
 
     def weights(self, ref_rewards: Tensor, n: int) -> Tensor | None:
         """Return the aim as weights (P, M) that sum to 1 for each prompt; None if unknown."""
-        if not hasattr(self.module, "weights"):
+        if "weights" not in self.functions:
             return None
-        found = self.check("weights", self.call(self.module.weights, ref_rewards, n),
-                           ref_rewards.shape)
-        total = found.sum(-1, keepdim=True)
-        if not (found >= 0).all() or not (total > 0).all() or not total.isfinite().all():
-            raise UnusableInput(f"--method {self.path}: weights: want numbers >= 0, not all 0")
-        return found / total
+        found = self.call(self.functions["weights"], ref_rewards, n)
+        found = self.call(checked, found, "weights", ref_rewards)
+        return found / found.sum(-1, keepdim=True)
 
-    def check(self, name: str, found: object, shape: torch.Size) -> Tensor:
-        """Return what a function of the file has returned in float64, if it has this shape."""
-        if not isinstance(found, Tensor) or found.shape != shape:
-            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise UnusableInput(f"--method {self.path}: {name}: want a tensor {tuple(shape)}, got "
-                                f"{got}")
-        return found.detach().cpu().double()
+
+def checked(found: object, name: str, like: Tensor) -> Tensor:
+    """Return what a function has returned, in float64. Raises ValueError for what is unusable."""
+    if not isinstance(found, Tensor) or found.shape != like.shape:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"{name}: want a tensor {tuple(like.shape)}, got {got}")
+    found = found.detach().cpu().double()
+    if name == "weights" and not (found.min() >= 0 and found.sum(-1).min() > 0):
+        raise ValueError("weights: want numbers >= 0, not all 0")
+    if not found.isfinite().all():
+        raise ValueError(f"{name}: want finite numbers; for a response that must not occur, the "
+                         f"target is rollout.ref_logprob - 30")
+    return found

@@ -30,11 +30,10 @@ def study(world: World, seed: int, path: Path) -> None:
     for n in ns:
         weight = theory.winner_weights(world.candidates.reward, n)
         line.append(mean_and_error((weight * wins).sum(-1, keepdim=True)))
-    thirds = parts(response.shape[2], 3)
-    quarters = parts(response.shape[2], 4)
+    L = response.shape[2]
+    thirds = sorted({L // 3, 2 * L // 3} - {0})         # where responses are cut
     points = {
         f"Speculative Rejection, {SIZE} cut after {thirds} tokens": reject(world, thirds),
-        f"Speculative Rejection, {SIZE} cut after {quarters} tokens": reject(world, quarters),
         f"TreeBoN, {SIZE} roots, {CHILDREN} children, 3 layers": grow_trees(world, thirds, seed),
     }
     print(f"\nDecoders that save tokens: win rate, and cost in mean lengths ({full:.1f} tokens)\n\n"
@@ -45,7 +44,7 @@ def study(world: World, seed: int, path: Path) -> None:
     with report.figure(path, 1, (6, 4)) as (axes,):
         axes.errorbar(ns, [win for win, _ in line], [error for _, error in line], fmt=".-", lw=1,
                       label="best of n")
-        for marker, (name, (tokens, win, error)) in zip("sDv", points.items()):
+        for marker, (name, (tokens, win, error)) in zip("sD", points.items()):
             axes.errorbar(tokens / full, win, error, fmt=marker, ms=6, capsize=2, label=name)
         axes.set(xscale="log", xlabel="tokens sampled, in mean lengths of a response",
                  ylabel="win rate over the reference", title="Win rate and tokens of decoders")
@@ -80,8 +79,3 @@ def grow_trees(world: World, cuts: list[int], seed: int) -> tuple[float, float, 
     win, error = mean_and_error(vbon.win_rate(reward.view(-1, TREES), world.held_out.reward))
     return tokens.mean().item(), win, error
 
-
-def parts(length: int, count: int) -> list[int]:
-    """Return the lengths at which to cut: equal parts; fewer if there are too few tokens."""
-    cuts = {i * length // count for i in range(1, count)}
-    return sorted(cuts - {0, length})

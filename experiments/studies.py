@@ -13,10 +13,8 @@
     gap           Where does the KL of vBoN to best-of-N come from?
 
 Run it from the folder of train.py. It uses and fills the same cache. Temperature and gap take their
-policies from there, or train them: gap that of train.py, temperature also those of
-experiments.compare for kl-rl and bon-sft.
+policies from there, or train them: those of train.py and, for temperature, of experiments.compare.
 """
-import argparse
 import math
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from torch import Tensor
 import train
 import vbon
 from experiments import gap, overoptimisation, savings, summary, temperature, theory
-from experiments.compare import Entry, find_entry, get_policy
+from experiments.compare import find_entry, get_policy
 from support import options, report
 from support.files import UnusableInput
 from support.inputs import read_inputs
@@ -39,35 +37,30 @@ STUDIES = ("aims", "scale", "bound", "m", "fault", "savings", "temperature", "ga
 
 def main(argv: list[str] | None = None) -> None:
     """Print the answers to the questions, for one N and one seed."""
-    args = parse_arguments(argv)
-    chosen = args.study or STUDIES
+    parser = options.make_parser(__doc__, train.Settings())
+    parser.add_argument("--study", nargs="+", choices=STUDIES, metavar="STUDY", default=STUDIES,
+                        help=f"Which questions: {', '.join(STUDIES)}. Default: all of them.")
+    args = parser.parse_args(argv)
+    if args.sample is not None:
+        raise UnusableInput("--sample: it belongs to train.py")
     inputs = read_inputs(args)
     settings = choose_settings(train.Settings(), args, args.n, inputs)
     world = None
-    if set(chosen) - {"fault", "m"}:                    # these need no text
+    if set(args.study) - {"fault", "m"}:                # these need no text
         world = train.prepare(inputs, settings, Path(args.out, "cache"), args.seed)
-    for name in chosen:
+    for name in args.study:
         try:
-            study(name, args, world, settings)
+            study(name, args.n, args.seed, Path(args.out), world, settings)
         except UnusableInput as problem:
-            # a question that nobody asked must not stop the others
-            if args.study is not None:
-                raise
             print(f"\n{name} is left out: {problem}")
-    pictures = {"m", "fault", "savings"}.intersection(chosen)
-    if pictures:
-        print(f"\nPictures in {args.out}/: {', '.join(f'{name}.png' for name in sorted(pictures))}")
 
 
-def study(name: str, args: argparse.Namespace, world: train.World | None, settings: train.Settings
-          ) -> None:
+def study(name: str, n: int, seed: int, out: Path, world: train.World | None,
+          settings: train.Settings) -> None:
     """Print the answer to one question; plot it, if there is a picture of it."""
-    n = args.n
-    seed = args.seed
-    out = Path(args.out)
     cache = out / "cache"
     if name == "aims":
-        study_aims(world, n, seed, cache)
+        study_aims(world.held_out.reward, n, seed, cache)
     elif name == "scale":
         study_scale(world, n, find_entry(cache, "kl-rl", world.held_out.reward, n, seed).beta)
     elif name == "bound":
@@ -82,35 +75,34 @@ def study(name: str, args: argparse.Namespace, world: train.World | None, settin
         models = {"reference": world.reference}
         for method in ("vbon", "kl-rl", "bon-sft"):
             entry = find_entry(cache, method, world.held_out.reward, n, seed)
-            models[method] = get_policy(cache, world, entry, n, settings, seed).model
+            tuned, _ = get_policy(cache, world, entry, n, settings, seed)
+            models[method] = tuned["policy"]
         temperature.study(world, models, seed, settings.samples.k_eval)
     else:
-        policy = get_policy(cache, world, Entry("vbon", "vbon"), n, settings, seed)
-        gap.study(policy.evaluated, world.held_out.reward, n)
+        entry = find_entry(cache, "vbon", world.held_out.reward, n, seed)
+        _, evaluated = get_policy(cache, world, entry, n, settings, seed)
+        gap.study(evaluated, world.held_out.reward, n)
 
 # ---------------------------------------------------------------------------- aims of all methods
 
-def study_aims(world: train.World, n: int, seed: int, cache: Path) -> None:
+def study_aims(refs: Tensor, n: int, seed: int, cache: Path) -> None:
     """Print what the aim of each method attains, alone and decoded by best-of-n and worst-of-n."""
-    print(f"\nWhat do the methods aim at?\n\n{'':22}{'win rate':>9}{'KL to ref':>11}"
-          f"{'KL to BoN':>11}{f'best of {n}':>11}{f'worst of {n}':>11}")
+    groups = {}
+    print("\nWhat do the methods aim at?")
     for method in ("vbon", "bonbon", *theory.WITH_BETA):
         try:
-            aim = find_entry(cache, method, world.held_out.reward, n, seed).aim
+            aim = find_entry(cache, method, refs, n, seed).aim
+            groups[n, method] = [{f"aim_{name}": x for name, x in aim.items()}]
         except UnusableInput as problem:
             print(f"  left out: {problem}")
-            continue
-        cells = ""
-        for column in ("win_rate", "kl_ref", "kl_bon", "decoded_win_rate", "worst_win_rate"):
-            cells += f"{aim[column]:.3f}".rjust(9 if column == "win_rate" else 11) if aim else ""
-        print(f"  {summary.title(method, n):20}{cells or 'too few effective samples'}")
+    summary.print_aims(groups)
 
 # ------------------------------------------------------------------------- the scale of the reward
 
 def study_scale(world: train.World, n: int, beta: float) -> None:
     """Show that increasing transforms of the reward do not change vBoN's target, but KL-RL's."""
-    # in floating point, an increasing function may map two numbers to one; float64 avoids this
     ref_logprob = world.candidates.logprob
+    # in float32, an increasing function may map two numbers to one
     reward = world.candidates.reward.double()
     refs = world.held_out.reward.double()
     top = refs.quantile(0.97).item()
@@ -124,29 +116,17 @@ def study_scale(world: train.World, n: int, beta: float) -> None:
           f"{'largest change of a log target':31}{'vBoN':>8}{'KL-RL':>8}"
           f"{f'optimum of KL-RL, beta={beta:g}: win':>36}{'KL':>8}")
     for name, transform in transforms.items():
-        new_reward = transform(reward)
-        new_refs = transform(refs)
-        check_same_ranks(name, reward, refs, new_reward, new_refs)
         before = vbon.bon_target(ref_logprob, reward, refs, n)
-        after = vbon.bon_target(ref_logprob, new_reward, new_refs, n)
+        after = vbon.bon_target(ref_logprob, transform(reward), transform(refs), n)
         vbon_change = (after - before).abs().max().item()
         # KL-RL's target is known up to a constant for each prompt
-        change = (new_reward - reward) / beta
-        change = change - change.mean(1, keepdim=True)
-        optimum = theory.attained((new_refs / beta).softmax(-1), new_refs)
+        change = (transform(reward) - reward) / beta
+        change = (change - change.mean(1, keepdim=True)).abs().max().item()
+        optimum = theory.attained((transform(refs) / beta).softmax(-1), refs)
         cells = f"{'too few effective samples':>44}"
         if optimum["ess"] >= theory.MIN_SIZE:
             cells = f"{optimum['win_rate']:36.3f}{optimum['kl_ref']:8.3f}"
-        print(f"  {name:29}{vbon_change:8.3g}{change.abs().max().item():8.3g}{cells}")
-
-
-def check_same_ranks(name: str, reward: Tensor, refs: Tensor, new_reward: Tensor, new_refs: Tensor
-                     ) -> None:
-    """Raise UnusableInput if a transform maps two rewards to one, in floating point."""
-    old = vbon.count_less_and_equal(reward, refs)
-    new = vbon.count_less_and_equal(new_reward, new_refs)
-    if not torch.equal(torch.stack(old), torch.stack(new)):
-        raise UnusableInput(f"with this reward, {name} changes how responses rank, by rounding")
+        print(f"  {name:29}{vbon_change:8.3g}{change:8.3g}{cells}")
 
 # ---------------------------------------------------------------------------------- exact and bound
 
@@ -172,12 +152,12 @@ def study_bound(world: train.World, n: int) -> None:
 MS = (16, 32, 64, 128, 256, 512)
 
 
-def error_of_cdf(m: int, repeats: int = 4000) -> dict[str, float]:
+def error_of_cdf(m: int, repeats: int = 4000) -> tuple[float, float, float]:
     """Return the error of F from M reference rewards; it is the same for every continuous reward.
 
-    So we take a reward that is its own CDF: uniform on [0, 1]. The result has the root mean square
-    error of log F at responses of the reference; the mean and the 95 % quantile of the largest
-    error of F at any reward; and the bound on this quantile (DKW inequality).
+    So we take a reward that is its own CDF: uniform on [0, 1]. Returns the root mean square error
+    of log F at responses of the reference, and the mean and the 95 % quantile of the largest error
+    of F at any reward.
     """
     generator = torch.Generator().manual_seed(m)
     refs = torch.rand(repeats, m, generator=generator).double()
@@ -188,49 +168,35 @@ def error_of_cdf(m: int, repeats: int = 4000) -> dict[str, float]:
     at = vbon.empirical_cdf(steps, refs)
     above = at + 1 / (m + 1)
     largest = torch.maximum((at - steps).abs(), (above - steps).abs()).amax(-1)
-    return {
-        "m": m,
-        "rmse_log": log_error.square().mean().sqrt().item(),
-        "sup_mean": largest.mean().item(),
-        "sup_95": largest.quantile(0.95).item(),
-        "dkw": math.sqrt(math.log(2 / 0.05) / (2 * m)),
-    }
+    rmse = log_error.square().mean().sqrt().item()
+    return rmse, largest.mean().item(), largest.quantile(0.95).item()
 
 
 def study_m(path: Path, n: int) -> None:
-    """Print and plot the errors of F for each M, and what a perfect policy would win with it."""
+    """Print and plot the errors of F for each M; print what a perfect policy would win with it."""
     errors = [error_of_cdf(m) for m in MS]
+    # the Dvoretzky-Kiefer-Wolfowitz inequality bounds the 95 % quantile
+    bounds = [math.sqrt(math.log(2 / 0.05) / (2 * m)) for m in MS]
     print(f"\nHow does M matter?\n\n{'M':>5}{'RMSE of':>10}{'largest error of F':>24}"
           f"{'bound':>8}{'win rate of the':>18}\n"
           f"{'':5}{'log F':>10}{'mean':>14}{'95 %':>10}{'(DKW)':>8}{f'target, N = {n}':>18}")
-    for error in errors:
-        print(f"{error['m']:5}{error['rmse_log']:10.3f}{error['sup_mean']:14.3f}"
-              f"{error['sup_95']:10.3f}{error['dkw']:8.3f}{wins_of_target(n, error['m']):18.4f}")
+    for m, (rmse, mean, largest), bound in zip(MS, errors, bounds):
+        print(f"{m:5}{rmse:10.3f}{mean:14.3f}{largest:10.3f}{bound:8.3f}"
+              f"{wins_of_target(n, m):18.4f}")
+    rmses, means, quantiles = zip(*errors)
     with report.figure(path, 2, (9, 3.6)) as (left, right):
-        left.loglog(MS, [error["dkw"] for error in errors], "k:", label="bound of the 95 % (DKW)")
-        left.loglog(MS, [error["sup_95"] for error in errors], "o-", label="95 % quantile")
-        left.loglog(MS, [error["sup_mean"] for error in errors], "s-", label="mean")
+        left.loglog(MS, bounds, "k:", label="bound of the 95 % (DKW)")
+        left.loglog(MS, quantiles, "o-", label="95 % quantile")
+        left.loglog(MS, means, "s-", label="mean")
         left.set(title="Largest error of F, over all rewards")
         left.legend(frameon=False, fontsize=9)
-        right.loglog(MS, [error["rmse_log"] for error in errors], "o-")
+        right.loglog(MS, rmses, "o-")
         right.set(title="Root mean square error of log F")
         for axes, ticks in ((left, (0.04, 0.1, 0.2, 0.4)), (right, (0.1, 0.2, 0.4))):
             axes.set(xlabel="M, reference samples for each prompt")
             axes.minorticks_off()
             axes.set_xticks(MS, MS)
             axes.set_yticks(ticks, ticks)
-
-# --------------------------------------------------------------------------------- the command line
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Return the arguments of the command line. Raises UnusableInput for wrong ones."""
-    parser = options.make_parser(__doc__, train.Settings())
-    parser.add_argument("--study", nargs="+", choices=STUDIES, metavar="STUDY",
-                        help=f"Which questions: {', '.join(STUDIES)}. Default: all of them.")
-    args = parser.parse_args(argv)
-    if args.sample is not None:
-        raise UnusableInput("--sample: it belongs to train.py")
-    return args
 
 
 if __name__ == "__main__":

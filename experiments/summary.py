@@ -16,19 +16,14 @@ NAMES = {"ref": "reference", "bon": "best of {n}", "soft-bon": "soft best of {n}
 
 # ----------------------------------------------------------------------------- tables over seeds
 
-Groups = dict[tuple, list[dict]]
+Groups = dict[tuple[int, str], list[dict]]
 
 
-def over_seeds(rows: list[dict], beta_given: bool) -> Groups:
-    """Group rows that differ only in their seed: (n, method, β) -> rows.
-
-    A β that was not given is found for each seed, and is not part of the key.
-    """
+def over_seeds(rows: list[dict]) -> Groups:
+    """Group rows that differ only in their seed: (n, method) -> rows."""
     groups = {}
     for row in rows:
-        given = beta_given and row["method"] in ("kl-rl", "soft-bon")
-        beta = row["beta"] if given else None
-        groups.setdefault((row["n"], row["method"], beta), []).append(row)
+        groups.setdefault((row["n"], row["method"]), []).append(row)
     return groups
 
 
@@ -49,10 +44,9 @@ def mean_and_spread(rows: list[dict], name: str) -> tuple[float, float] | None:
     return mean, spread
 
 
-def title(method: str, n: int | str, beta: float | None = None) -> str:
+def title(method: str, n: int | str) -> str:
     """Return the name of a method in tables and pictures."""
-    name = NAMES.get(method, method).format(n=n)
-    return name if beta is None else f"{name} β={beta:g}"
+    return NAMES.get(method, method).format(n=n)
 
 
 def print_table(groups: Groups, pool: Tensor) -> None:
@@ -60,58 +54,59 @@ def print_table(groups: Groups, pool: Tensor) -> None:
 
     pool: the held-out reference rewards of all seeds.
     """
-    print(f"\n{'':21}{'reward':>13}{'win rate':>14}{'KL to ref':>14}{'KL to BoN':>14}"
-          f"{'best of N of it':>16}{'positive':>9}{'samples':>8}  beta")
+    columns = {"reward": 14, "win_rate": 14, "kl_ref": 14, "kl_bon": 14, "below_win_rate": 15,
+               "decoded_win_rate": 16}
+    print(f"\n{'':20}{'reward':>13} {'win rate':>14}{'KL to ref':>14}{'KL to BoN':>14}"
+          f"{'below highest':>15}{'best of N of it':>16}{'samples':>8}  beta")
     seeds = max(len(rows) for rows in groups.values())
-    for n in sorted({n for n, _, _ in groups}):
-        for (at, method, given), rows in groups.items():
+    for n in sorted({n for n, _ in groups}):
+        for (at, method), rows in groups.items():
             if at != n:
                 continue
-            cells = ""
-            for column, width in (("reward", 14), ("win_rate", 14), ("kl_ref", 14), ("kl_bon", 14),
-                                  ("decoded_win_rate", 16)):
-                cells += with_error(mean_and_spread(rows, column)).rjust(width)
-            positive, _ = mean_and_spread(rows, "positive")
-            samples, _ = mean_and_spread(rows, "samples_per_answer")
-            beta = mean_and_spread(rows, "beta")
-            end = "" if beta is None else f"{beta[0]:.3g}"
+            line = f"{title(method, n):20}" + cells(rows, columns)
+            line += f"{mean_and_spread(rows, 'samples_per_answer')[0]:8.3g}"
+            if rows[0]["beta"] is not None:
+                line += f"  {mean_and_spread(rows, 'beta')[0]:.3g}"
             if len(rows) < seeds:                       # no β could be found for the others
-                end += f"  ({len(rows)} of {seeds} seeds)"
-            print(f"{title(method, n, given):20}{cells}{positive:9.2f}{samples:8.3g}  {end}".rstrip())
+                line += f"  ({len(rows)} of {seeds} seeds)"
+            print(line)
         kl, win = bon_attains(pool, n)
         reward = theory.bon_expected_reward(pool, n).mean().item()
         kl = "" if math.isnan(kl) else f"{kl:.3f}"
-        print(f"{f'theory, N = {n}':20}{number(reward):>7}{win:14.3f}{kl:>14}{0:14.3f}")
+        print(f"{f'theory, N = {n}':20}{number(reward):>7}{win:15.3f}{kl:>14}{0:14.3f}")
     print("\nKLs in nats per response. ±: the larger of standard deviation over seeds and "
-          "standard error.\nBest of N of it: how often the best of N responses of this row beats "
-          "the best of N of the\nreference.")
+          "standard error.\nBelow highest: how far the win rate is below that of the best policy "
+          "with this KL to the\nreference. Best of N of it: how often the best of N responses of "
+          "this row beats the best of N\nof the reference. All methods take the same number of "
+          "updates, not the same work.")
+
+
+AIMS = {"win_rate": 11, "kl_ref": 11, "kl_bon": 11, "below_win_rate": 15, "decoded_win_rate": 16,
+        "worst_win_rate": 17}
 
 
 def print_aims(groups: Groups) -> None:
-    """Print what each method aims at, and how far below the highest win rate it ends."""
-    print(f"\n{'':20}{'aim:':>9}{'KL to':>7}{'KL to':>7}{'best':>7}{'win rate below highest':>25}\n"
-          f"{'':20}{'win rate':>9}{'ref':>7}{'BoN':>7}{'of N':>7}{'aim':>11}{'measured':>14}")
-    for (n, method, given), rows in groups.items():
-        if method in ("ref", "bon"):
-            continue
-        cells = ""
-        for column, width in (("aim_win_rate", 9), ("aim_kl_ref", 7), ("aim_kl_bon", 7),
-                              ("aim_decoded_win_rate", 7), ("aim_below_win_rate", 11)):
-            found = mean_and_spread(rows, column)
-            cells += ("" if found is None else f"{found[0]:.3f}").rjust(width)
-        cells += with_error(mean_and_spread(rows, "below_win_rate")).rjust(14)
-        print(f"{title(method, n, given):20}{cells}  N = {n}")
-    print("\nThe highest: the best of all policies with the same KL to the reference. Blank: "
-          "unknown, or too\nfew effective samples. All methods take the same number of updates, not "
-          "the same work.")
+    """Print what each method aims at: aim_win_rate, aim_kl_ref, ... of its rows."""
+    print(f"\n{'the aim of':20}{'win rate':>11}{'KL to ref':>11}{'KL to BoN':>11}"
+          f"{'below highest':>15}{'best of N of it':>16}{'worst of N of it':>17}")
+    for (n, method), rows in groups.items():
+        line = ""
+        for name, width in AIMS.items():
+            found = mean_and_spread(rows, f"aim_{name}")
+            line += ("" if found is None else f"{found[0]:.3f}").rjust(width)
+        if line.strip():
+            print(f"{title(method, n):20}{line}  N = {n}")
+
+
+def cells(rows: list[dict], columns: dict[str, int]) -> str:
+    """Return the means and errors of these columns, each with its width."""
+    return "".join(with_error(mean_and_spread(rows, name)).rjust(width)
+                   for name, width in columns.items())
 
 
 def with_error(found: tuple[float, float] | None) -> str:
     """Format a number and its ±; empty if it is unknown."""
-    if found is None:
-        return ""
-    mean, spread = found
-    return f"{number(mean)} ±{number(spread)}"
+    return "" if found is None else f"{number(found[0])} ±{number(found[1])}"
 
 
 def number(x: float) -> str:
@@ -142,39 +137,39 @@ def plot_results(path: Path, groups: Groups, pool: Tensor) -> None:
         plot_plane(axes[3], groups, pool)
         # what the marks mean: above the nearest methods, the right of the first strip is empty
         axes[0].plot([], [], "|", color="black", ms=12, mew=2, label="the aim")
-        for n, marker in zip(sorted({n for n, _, _ in groups}), MARKERS):
+        for n, marker in zip(sorted({n for n, _ in groups}), MARKERS):
             axes[0].plot([], [], marker, color="0.4", ms=6, label=f"measured, N = {n}")
         axes[0].legend(loc="upper right", fontsize=10)
 
 
-def in_order(groups: Groups) -> list[tuple]:
-    """Return method and β of each line, the nearest to best-of-N first (at the largest N)."""
+def in_order(groups: Groups) -> list[str]:
+    """Return the methods, the nearest to best-of-N first (at the largest N)."""
     distance = {}
-    for n, method, beta in sorted(groups, key=lambda key: key[0]):
+    for n, method in sorted(groups):
         if method != "ref":
-            distance[method, beta], _ = mean_and_spread(groups[n, method, beta], "kl_bon")
+            distance[method], _ = mean_and_spread(groups[n, method], "kl_bon")
     return sorted(distance, key=distance.get)
 
 
-def color_of(method: str, lines: list[tuple]) -> str:
+def color_of(method: str, lines: list[str]) -> str:
     """Return a color for a few methods and those of your own; others are grey, in black words."""
-    own = sorted({name for name, _ in lines if name not in NAMES})
+    own = sorted(set(lines) - set(NAMES))
     if method in own:
         return OWN_COLORS[own.index(method) % len(OWN_COLORS)]
     return COLORS.get(method, "0.4")
 
 
-def plot_strip(axes, groups: Groups, lines: list[tuple], quantity: tuple[str, str, str]) -> None:
+def plot_strip(axes, groups: Groups, lines: list[str], quantity: tuple[str, str, str]) -> None:
     """Plot one quantity of each method, measured and aimed at, for each N."""
     column, heading, unit = quantity
-    ns = sorted({n for n, _, _ in groups})
-    for (n, method, beta), rows in groups.items():
+    ns = sorted({n for n, _ in groups})
+    for (n, method), rows in groups.items():
         measured = mean_and_spread(rows, column)
         if method == "ref" or measured is None:
             continue
         # several N a little below each other
         i = ns.index(n)
-        height = lines.index((method, beta)) + 0.7 * (i + 0.5) / len(ns) - 0.35
+        height = lines.index(method) + 0.7 * (i + 0.5) / len(ns) - 0.35
         axes.errorbar(measured[0], height, xerr=measured[1], fmt=MARKERS[i % len(MARKERS)],
                       color=color_of(method, lines), ms=6, capsize=3, lw=1.5)
         aim = mean_and_spread(rows, f"aim_{column}")
@@ -184,8 +179,7 @@ def plot_strip(axes, groups: Groups, lines: list[tuple], quantity: tuple[str, st
     axes.set_xlabel(unit, fontsize=11)
     axes.locator_params(axis="x", nbins=6)
     axes.set_ylim(len(lines) - 0.4, -0.6)               # the first method on top
-    names = [title(method, "N", beta) for method, beta in lines]
-    axes.set_yticks(range(len(lines)), names, fontsize=11)
+    axes.set_yticks(range(len(lines)), [title(method, "N") for method in lines], fontsize=11)
     axes.grid(axis="y", lw=0.4)
 
 
@@ -199,7 +193,7 @@ def plot_plane(axes, groups: Groups, pool: Tensor) -> None:
     reach = 0.1
     top = 0.6
     for name, (marker, color, size) in PLANE.items():
-        found = [rows for (_, method, _), rows in groups.items() if method == name]
+        found = [rows for (_, method), rows in groups.items() if method == name]
         kls = [mean_and_spread(rows, "kl_ref")[0] for rows in found]
         wins = [mean_and_spread(rows, "win_rate")[0] for rows in found]
         fill = "none" if name in ("bon", "kl-rl") else color

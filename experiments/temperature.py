@@ -25,8 +25,7 @@ def cooled(model: GPT, temperature: float) -> GPT:
 def study(world: World, models: dict[str, GPT], seed: int, k: int) -> None:
     """Print a row for each model and temperature, from k responses to each held-out prompt."""
     prompts = world.held_out.prompt
-    print(f"\nTemperature: {k} responses to each of {len(prompts)} held-out prompts\n\n"
-          f"{'':12}{'temperature':>12}{'reward':>9}{'win rate':>15}{'distinct':>11}{'pairs':>7}")
+    lines = []
     for name, model in models.items():
         for temperature in TEMPERATURES:
             label = f"{name} at {temperature:g}"
@@ -36,15 +35,12 @@ def study(world: World, models: dict[str, GPT], seed: int, k: int) -> None:
             device = world.reference.wte.weight.device.type
             reward = compute_rewards(world.reward, prompts, response, label, device)["reward"]
             win, error = mean_and_error(vbon.win_rate(reward, world.held_out.reward))
-            print(f"  {name:10}{temperature:12g}{reward.double().mean().item():9.2f}"
-                  f"{win:8.3f} ±{error:.3f}{share_distinct(response):11.1%}"
-                  f"{count_pairs(response, world.reference.eot):7.0f}")
-
-
-def share_distinct(response: Tensor) -> float:  # (P, K, L)
-    """Return the number of different responses to a prompt, as a share of K."""
-    shares = [len(y.unique(dim=0)) / len(y) for y in response]
-    return sum(shares) / len(shares)
+            lines.append(f"  {name:10}{temperature:12g}{reward.double().mean().item():9.2f}"
+                         f"{win:8.3f} ±{error:.3f}"
+                         f"{count_pairs(response, world.reference.eot):7.0f}")
+    print(f"\nTemperature: {k} responses to each of {len(prompts)} held-out prompts\n\n"
+          f"{'':12}{'temperature':>12}{'reward':>9}{'win rate':>15}{'pairs':>7}")
+    print("\n".join(lines))
 
 
 def count_pairs(response: Tensor, eot: int) -> float:  # (P, K, L)

@@ -23,7 +23,6 @@ from support.files import UnusableInput
 from support.statistics import bon_attains, share_of_sets
 
 MIN_SIZE = 16                           # effective samples below which no estimate is shown
-LARGEST = 2.0 ** 60                     # strength of a tilt that leaves only the best responses
 CODE = ("experiments.theory", "support.statistics", "vbon")     # computes the aims; for `keep`
 
 # -------------------------------------------------------------- best-of-n, from M rewards a prompt
@@ -35,17 +34,6 @@ def bon_theory(n: int) -> tuple[float, float]:
     """
     kl = math.log(n) - (n - 1) / n
     return kl, n / (n + 1)
-
-
-def cdf_interval(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Another estimate of F_lt and F_le, each (P, K): y counts as one of M + 1 responses.
-
-    Reward 2 against 1, 2, 2, 3 gives 1/5 and 4/5. Over y ~ π_ref, π_bon/π_ref then has mean 1. It
-    serves to be compared with (7); training does not use it.
-    """
-    less, equal = vbon.count_less_and_equal(reward, ref_rewards)
-    total = ref_rewards.shape[1] + 1
-    return less / total, (less + equal + 1) / total
 
 
 def winner_weights(rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P, M)
@@ -110,40 +98,13 @@ def best_of_n(n: int, ref_rewards: Tensor) -> dict[str, float]:
     return found
 
 
-def strength(kl: float, values: Tensor) -> float:  # (P, M)
-    """Return the t for which the tilt by exp(t · values) has this KL to the reference, or inf.
-
-    The KL grows with t, so log2 t is found by bisection.
-    """
-    # the largest value of each prompt becomes 0: the tilt is the same, without overflow
-    values = values.cpu().double()
-    values = values - values.max(-1, keepdim=True).values
-    # in units of the values' own spread: rewards may be of size 1e20 or 1e-20
-    spread = values.abs().max().item() or 1.0
-    values = values / spread
-    low = -math.log2(LARGEST)
-    high = math.log2(LARGEST)
-    if kl_to_reference((LARGEST * values).softmax(-1)) < kl:
-        return math.inf
-    while high - low > 1e-12:
-        middle = (low + high) / 2
-        if kl_to_reference((2 ** middle * values).softmax(-1)) < kl:
-            low = middle
-        else:
-            high = middle
-    return 2 ** high / spread
-
-
 def highest_win_rate(kl: float, ref_rewards: Tensor) -> float | None:
     """Return the highest win rate of all policies with this KL to the reference.
 
     None if fewer than 16 effective samples are left: M rewards are too few that far away.
     """
-    wins = vbon.win_rate(ref_rewards, ref_rewards)
-    # If no tilt is that far away, the one that keeps only the best responses is the highest: the
-    # rest of the KL brings nothing.
-    t = min(strength(kl, wins), LARGEST)
-    found = attained((t * wins).softmax(-1), ref_rewards)
+    beta = bisect_beta(kl, ref_rewards, 1, "highest")
+    found = attained(aim_weights("highest", 1, beta, ref_rewards), ref_rewards)
     return found["win_rate"] if found["ess"] >= MIN_SIZE else None
 
 
@@ -153,7 +114,6 @@ def curves(ref_rewards: Tensor) -> dict[str, list[tuple[float, float]]]:
     "best-of-n" has a point for n = 1, 2, 3, ..., "highest" is the highest win rate at each KL. Both
     end where fewer than 16 effective samples are left.
     """
-    wins = vbon.win_rate(ref_rewards, ref_rewards)
     found = {"best-of-n": [], "highest": [(0.0, 0.5)]}
     for n in range(1, ref_rewards.shape[1] + 1):
         point = best_of_n(n, ref_rewards)
@@ -161,7 +121,8 @@ def curves(ref_rewards: Tensor) -> dict[str, list[tuple[float, float]]]:
             break
         found["best-of-n"].append((point["kl_ref"], point["win_rate"]))
     for i in range(80):
-        point = attained((0.1 * 1.1 ** i * wins).softmax(-1), ref_rewards)
+        beta = 10 / 1.1 ** i
+        point = attained(aim_weights("highest", 1, beta, ref_rewards), ref_rewards)
         if point["ess"] < MIN_SIZE:
             break
         found["highest"].append((point["kl_ref"], point["win_rate"]))
@@ -233,15 +194,16 @@ def cdf(weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 AT_BON = ("vbon", "bon-sft", "bond")
 FIXED_POINTS = ("max-at-k", "max-at-k-win", "infalign", "wind")
 WITH_BETA = ("kl-rl", "infalign-ctrl", *FIXED_POINTS, "pessimism")
+TILTS = ("kl-rl", "infalign-ctrl", "highest")           # by exp(value / β), in one step
 
 
-def find_aim(method: str, n: int, ref_rewards: Tensor, beta: float | None = None) -> dict:
-    """Return β and what the method aims at; a stage for `keep`.
+def find_aim(method: str, n: int, ref_rewards: Tensor) -> dict:
+    """Return β (None for a method without it) and what the method aims at; a stage for `keep`.
 
-    A β that is not given is the one whose aim is as far from the reference as best-of-n; it is None
-    for a method without β. Then as `aim_of_weights`. Raises UnusableInput as `find_beta`.
+    As `aim_of_weights`. Raises UnusableInput as `find_beta`.
     """
-    if beta is None and method in WITH_BETA:
+    beta = None
+    if method in WITH_BETA:
         beta = find_beta(ref_rewards, n, method)
     found = aim_of_weights(aim_weights(method, n, beta, ref_rewards), n, ref_rewards)
     if method in AT_BON and found:
@@ -270,37 +232,38 @@ def aim_of_weights(weight: Tensor, n: int, ref_rewards: Tensor) -> dict[str, flo
                     "worst_win_rate": decoded_win_rate_of(weight, ref_rewards, n, worst=True)}
 
 
-def find_beta(ref_rewards: Tensor, n: int, method: str = "kl-rl") -> float:  # (P, M)
+def find_beta(ref_rewards: Tensor, n: int, method: str) -> float:  # (P, M)
     """Return the β, to three digits, for which the aim of a method has the KL to the reference of
     best-of-n.
 
     Raises UnusableInput if there is none, or if too few effective samples are left.
     """
     kl = best_of_n(n, ref_rewards)["kl_ref"]
-    if method in ("kl-rl", "infalign-ctrl"):
-        beta = 1 / strength(kl, method_values(method, n, ref_rewards, ref_rewards))
-    else:
-        beta = bisect_beta(kl, ref_rewards, n, method)
-    if kl <= 0 or not 0 < beta < math.inf:
-        raise UnusableInput(f"{method} at n = {n}: with this reward, no beta takes it as far as best "
-                            f"of {n}; want another n or reward, or leave it out of --method")
-    size = attained(aim_weights(method, n, beta, ref_rewards), ref_rewards)["ess"]
-    if size < MIN_SIZE:
+    beta = float(f"{bisect_beta(kl, ref_rewards, n, method):.3g}")
+    found = attained(aim_weights(method, n, beta, ref_rewards), ref_rewards)
+    if kl <= 0 or found["kl_ref"] < 0.95 * kl:
+        raise UnusableInput(f"{method} at n = {n}: with this reward, no beta takes it as far as "
+                            f"best of {n}; want another n or reward, or leave it out of --method")
+    if found["ess"] < MIN_SIZE:
         raise UnusableInput(f"{method} at n = {n}: as far away as best of {n}, the "
                             f"{ref_rewards.shape[1]} held-out samples of a prompt are worth only "
-                            f"{size:.0f}, want {MIN_SIZE}; give a larger --m-eval")
-    return float(f"{beta:.3g}")
+                            f"{found['ess']:.0f}, want {MIN_SIZE}; give a larger --m-eval")
+    return beta
 
 
 def bisect_beta(kl: float, ref_rewards: Tensor, n: int, method: str) -> float:
-    """Return the β of an aim with this KL, or inf: the KL falls as β grows."""
+    """Return the β for which an aim has this KL to the reference: the KL falls as β grows.
+
+    If no β takes it that far, it returns a β so small that only the best responses are left.
+    """
     values = method_values(method, n, ref_rewards, ref_rewards)
+    # in units of the values' own spread: rewards may be of size 1e20 or 1e-20
     spread = (values.max(-1).values - values.min(-1).values).max().item() or 1.0
-    low = math.log(spread) - 7
-    high = math.log(spread) + 7
-    if kl_to_reference(aim_weights(method, n, math.exp(low), ref_rewards)) < kl:
-        return math.inf
-    while high - low > 1e-3:
+    # the others take long, and do not converge for extreme β
+    reach, precision = (40, 1e-10) if method in TILTS else (7, 1e-3)
+    low = math.log(spread) - reach
+    high = math.log(spread) + reach
+    while high - low > precision:
         middle = (low + high) / 2
         if kl_to_reference(aim_weights(method, n, math.exp(middle), ref_rewards)) > kl:
             low = middle
@@ -326,12 +289,14 @@ def aim_weights(method: str, n: int, beta: float | None, ref_rewards: Tensor) ->
         # here the M responses are all there are, so F is known
         values = power_of_cdf(rewards, n)
     if method == "pessimism":
-        return pessimism_weights(values, beta)
+        weight = (values - pessimism_threshold(values, beta)).clamp(min=0)
+        return weight / weight.sum(-1, keepdim=True)
     if method == "wind":
         return fixed_point(lambda weight: sum(cdf(weight, values)) / 2, beta, values)
     if method in FIXED_POINTS:
         return fixed_point(lambda weight: expected_best(weight, values, n), beta, values)
-    return (values / beta).softmax(-1)
+    # the largest value of each prompt becomes 0: the same tilt, without overflow
+    return ((values - values.max(-1, keepdim=True).values) / beta).softmax(-1)
 
 
 def method_values(method: str, n: int, reward: Tensor, ref_rewards: Tensor) -> Tensor:
@@ -376,12 +341,6 @@ def expected_best(weight: Tensor, values: Tensor, k: int) -> Tensor:  # (P, M)
     above = mass.flip(-1).cumsum(-1).flip(-1) - mass    # Σ over the better ones
     best = ordered * at_most ** (k - 1) + above
     return k * torch.zeros_like(values).scatter(-1, order, best)
-
-
-def pessimism_weights(values: Tensor, beta: float) -> Tensor:  # (P, M)
-    """Return the target of InferenceTimePessimism: weights ∝ relu(value - λ)."""
-    weight = (values - pessimism_threshold(values, beta)).clamp(min=0)
-    return weight / weight.sum(-1, keepdim=True)
 
 
 def pessimism_threshold(values: Tensor, beta: float) -> Tensor:  # (P, M) -> (P, 1)
