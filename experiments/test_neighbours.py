@@ -10,8 +10,9 @@ import torch
 
 import train
 import vbon
-from experiments import decoders, methods, overoptimisation, savings, temperature, theory
-from experiments.test_experiments import tiny_world, uniform_rewards, world_reward
+from experiments import decoders, methods, theory
+from experiments.test_experiments import best_of, tiny_world, uniform_rewards, world_reward
+from support.statistics import bon_attains
 
 torch.set_num_threads(1)
 
@@ -42,17 +43,6 @@ def kl_to_reference(log_p):
     return (log_p.exp() * (log_p + math.log(40))).sum()
 
 
-def best_of(log_p, values, k):
-    """E[the best value of k responses], level by level."""
-    found = 0.0
-    before = torch.zeros(()).double()
-    for value in values.unique():
-        at_most = log_p.exp()[values <= value].sum()
-        found = found + value * (at_most ** k - before ** k)
-        before = at_most
-    return found
-
-
 def wins_of(rewards):
     """The win rate of each of 40 equally probable responses, by comparing all pairs."""
     lower = (rewards[None, :] < rewards[:, None]).double()
@@ -63,7 +53,7 @@ def wins_of(rewards):
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("method, beta", [
     ("kl-rl", 0.9), ("infalign-ctrl", 4000.0), ("max-at-k", 0.7), ("max-at-k-win", 0.1),
-    ("infalign", 0.2), ("pessimism", 0.25), ("wind", 0.25)])
+    ("infalign", 0.2), ("wind", 0.25)])
 def test_an_aim_is_the_direct_optimum(method, beta, world):
     rewards = WORLDS[world]
     n = 4
@@ -79,14 +69,21 @@ def test_an_aim_is_the_direct_optimum(method, beta, world):
         "infalign": lambda log_p: best_of(log_p, (lower ** n + at_most ** n) / 2, n),
         # an equilibrium is the best answer to itself
         "wind": lambda log_p: (log_p.exp() * equilibrium).sum(),
-        "pessimism": lambda log_p: (log_p.exp() * wins).sum(),
     }
-    costs = kl_to_reference
-    if method == "pessimism":
-        def costs(log_p):
-            return (40 * log_p.exp() ** 2).sum() / 2
-    direct = optimum(lambda log_p: gains[method](log_p) - beta * costs(log_p))
+    direct = optimum(lambda log_p: gains[method](log_p) - beta * kl_to_reference(log_p))
     assert (found - direct).abs().max().item() < 1e-6
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_aim_of_pessimism_is_the_direct_optimum(world):
+    """Of E[win rate] - (β/2) · E_ref[(π/π_ref)²]: its gradient is the same wherever π > 0, and not
+    larger elsewhere."""
+    rewards = WORLDS[world]
+    found = theory.aim_weights("pessimism", 4, 0.25, rewards[None])[0]
+    gradient = wins_of(rewards)[0] - 0.25 * 40 * found
+    assert found.sum().item() == pytest.approx(1)
+    assert (gradient[found > 0] - gradient.max()).abs().max().item() < 1e-12
+    assert 0 < (found > 0).sum() < 40
 
 
 def all_pairs(rewards, n):
@@ -130,7 +127,7 @@ def test_the_margin_of_bonbon_is_the_number_of_its_code():
 def test_bonbon_aims_past_best_of_n_at_4_and_short_of_it_at_8():
     rewards = uniform_rewards(512)
     for n, win, kl in ((4, 0.8335, 0.854), (8, 0.815, 0.886)):
-        found = theory.aim("bonbon", n, None, rewards)
+        found = theory.find_aim("bonbon", n, rewards)
         assert found["win_rate"] == pytest.approx(win, abs=0.002)
         assert found["kl_ref"] == pytest.approx(kl, abs=0.01)
 
@@ -148,7 +145,7 @@ def test_wind_is_a_closed_form_for_a_continuous_reward():
 def test_the_equilibrium_of_log_wins_is_best_of_n():
     """With log P(y beats π) in the place of P, it is best of N = β / (β - 1)."""
     u = uniform_rewards(4000)
-    found = theory.fixed_point(lambda weight: theory._cdf(weight, u)[1].log(), 4 / 3, u)
+    found = theory.fixed_point(lambda weight: theory.cdf(weight, u)[1].log(), 4 / 3, u)
     ratio = found / theory.bon_weights(4, u)
     assert (found * ratio.log()).sum().item() == pytest.approx(0, abs=1e-3)
 
@@ -157,7 +154,8 @@ def test_pessimism_is_best_of_2_of_the_top():
     """On F with β <= 1/2: the best of 2 of the top s = √(2β)."""
     rewards = uniform_rewards(2000)
     s = 0.6
-    found = theory.aim("pessimism", 4, s ** 2 / 2, rewards)
+    weight = theory.aim_weights("pessimism", 4, s ** 2 / 2, rewards)
+    found = theory.attained(weight, rewards)
     assert found["win_rate"] == pytest.approx(1 - s / 3, abs=1e-3)
     assert found["kl_ref"] == pytest.approx(math.log(2 / s) - 1 / 2, abs=1e-3)
 
@@ -165,9 +163,8 @@ def test_pessimism_is_best_of_2_of_the_top():
 @pytest.mark.parametrize("method", theory.WITH_BETA)
 def test_the_beta_of_each_aim_goes_as_far_as_best_of_n(method):
     rewards = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
-    beta = theory.find_beta(rewards, 3, method)
     kl = theory.best_of_n(3, rewards)["kl_ref"]
-    assert theory.aim(method, 3, beta, rewards)["kl_ref"] == pytest.approx(kl, rel=0.01)
+    assert theory.find_aim(method, 3, rewards)["kl_ref"] == pytest.approx(kl, rel=0.01)
 
 # ----------------------------------------------------------------------------- decoded by best-of-n
 
@@ -214,10 +211,8 @@ def test_decoded_win_rate_of_known_weights_is_that_of_all_tuples(worst):
 def test_what_is_best_for_one_sample_is_worst_for_best_of_n():
     """The order of the aims, all as far from the reference as best of 4."""
     rewards = torch.randn(8, 512, generator=torch.Generator().manual_seed(0))
-    found = {}
-    for method in ("vbon", "kl-rl", "wind", "infalign"):
-        beta = None if method == "vbon" else theory.find_beta(rewards, 4, method)
-        found[method] = theory.aim(method, 4, beta, rewards)
+    found = {method: theory.find_aim(method, 4, rewards)
+             for method in ("vbon", "kl-rl", "wind", "infalign")}
     wins = [point["win_rate"] for point in found.values()]
     decoded = [point["decoded_win_rate"] for point in found.values()]
     assert wins == sorted(wins, reverse=True)
@@ -436,7 +431,7 @@ def test_small_steps_towards_best_of_2_multiply_n():
     u = uniform_rewards(4000)
     log_p = torch.zeros_like(u).log_softmax(-1)
     for _ in range(70):
-        lower, at_most = theory._cdf(log_p.exp(), u)
+        lower, at_most = theory.cdf(log_p.exp(), u)
         log_best = log_p + (lower + at_most).log()
         log_p = (log_p + 0.02 * (log_best - log_p)).log_softmax(-1)
     wins = (log_p.exp() * vbon.win_rate(u, u)).sum().item()
@@ -458,7 +453,7 @@ def test_the_closed_form_of_the_kl_is_only_a_bound():
     assert (log_bon.exp() * (log_bon + math.log(2))).sum().item() <= math.log(2)
     for n in (2, 8, 64):
         for rewards in WORLDS.values():
-            kl, wins = vbon.bon_attains(rewards[None], n)
+            kl, wins = bon_attains(rewards[None], n)
             assert math.isnan(kl) or kl <= theory.bon_theory(n)[0] + 1e-9
             if n < 40:
                 assert wins <= n / (n + 1) + 1e-9
@@ -499,54 +494,3 @@ def test_soft_best_of_n_has_its_law_and_its_limits():
     of_gap = (limit * (a - mean) * reward).sum().item()
     assert scaled[-1] == pytest.approx((of_kl, of_gap), rel=0.02)
     assert scaled[0][0] > scaled[1][0] > of_kl
-
-# ----------------------------------------------------------------------------------------- studies
-
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_soft_weights_are_those_of_all_tuples(n):
-    rewards = torch.tensor([2.0, 1.0, 1.0, 3.0, 0.0]).double()
-    truth = torch.zeros(5).double()
-    for indices in itertools.product(range(5), repeat=n):
-        y = torch.tensor(indices)
-        truth.index_add_(0, y, (rewards[y] / 0.7).softmax(0) / 5 ** n)
-    assert (overoptimisation.soft_weights(rewards, n, 0.7) - truth).abs().max() < 1e-6
-
-
-def test_a_fault_of_the_reward_shows_with_a_large_n():
-    found = overoptimisation.qualities()
-    best = found["best of n"]
-    peak = max(best)
-    assert 4 <= overoptimisation.NS[best.index(peak)] <= 32
-    assert best[-1] < -2 < 1 < peak
-    cautious = found["pessimism"]
-    assert cautious == sorted(cautious) and cautious[-1] > 0.8
-    quality, reward = overoptimisation.faulty_world()
-    assert (quality != reward).double().mean().item() == pytest.approx(0.01)
-
-
-@torch.no_grad()
-def test_a_cooled_model_has_logits_divided_by_the_temperature():
-    reference, _, strings = tiny_world()
-    wanted = reference(strings[0]) / 0.5
-    assert torch.allclose(temperature.cooled(reference, 0.5)(strings[0]), wanted, atol=1e-5)
-    assert not torch.allclose(reference(strings[0]), wanted)
-
-
-def test_share_of_distinct_responses_by_hand():
-    response = torch.tensor([[[1, 2], [1, 2], [1, 3], [3, 3]], [[0, 0], [0, 0], [0, 0], [0, 0]]])
-    assert temperature.share_distinct(response) == pytest.approx((3 / 4 + 1 / 4) / 2)
-    # with 3 as end-of-text: 1 2, 1 3; and 0 0
-    assert temperature.count_pairs(response, 3) == (2 + 1) / 2
-
-
-def test_responses_are_cut_into_equal_parts():
-    assert savings.parts(24, 3) == [8, 16]
-    assert savings.parts(24, 4) == [6, 12, 18]
-    assert savings.parts(2, 3) == [1]
-    assert savings.parts(1, 4) == []
-
-
-def test_the_line_of_best_of_n_is_interpolated():
-    line = [(1, 0.5, 0.0), (2, 0.6, 0.0), (4, 0.8, 0.0)]
-    assert savings.interpolate(line, 3.0) == pytest.approx(0.7)
-    assert math.isnan(savings.interpolate(line, 9.0))
