@@ -38,20 +38,18 @@ CODE = (*TUNING, "experiments.methods", *theory.CODE)   # computes a policy; for
 
 def choose_method(name: str, n: int, beta: float | None) -> Method:
     """Return one of METHODS; β belongs to those in theory.WITH_BETA."""
+    gradients = {"vbon": vbon_gradient, "bon-sft": bon_sft_gradient, "bond": bond_gradient,
+                 "bonbon": bonbon_gradient}
     targets = {"bound": bound_target, "wind": wind_target,
                "kl-rl": functools.partial(value_target, name="kl-rl"),
                "infalign-ctrl": functools.partial(value_target, name="infalign-ctrl")}
-    losses = {"bon-sft": bon_sft_gradient, "bond": bond_gradient, "bonbon": bonbon_gradient}
-    if name == "vbon":
-        return Method(f"vBoN n={n}", ("vbon", n), vbon_gradient)
-    if name in targets:
-        gradient = functools.partial(target_gradient, target=targets[name], beta=beta)
-    elif name in FROM_SETS:
-        gradient = functools.partial(max_at_k_gradient, name=name, beta=beta)
-    else:
-        gradient = losses[name]
+    for other, target in targets.items():
+        gradients[other] = functools.partial(target_gradient, target=target, beta=beta)
+    for other in FROM_SETS:
+        gradients[other] = functools.partial(max_at_k_gradient, name=other, beta=beta)
+    names = ("vbon", n) if name == "vbon" else (name, beta, n)
     label = f"{name} n={n}" if beta is None else f"{name} beta={beta:g}"
-    return Method(label, (name, beta, n), gradient)
+    return Method(label, names, gradients[name])
 
 
 def grow_beta(beta: float, step: int, steps: int) -> float:
@@ -185,8 +183,7 @@ def bon_sft_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: in
     """Maximum likelihood on winners: the forward KL(π_bon || π_θ), up to a constant.
 
     It has no score that could be huge, so it aims for the full n from the first update. It needs
-    neither reward nor reference: both have judged the cached responses. Returns nll, the loss in
-    nats per response.
+    neither reward nor reference. Returns nll, the loss in nats per response.
     """
     winners = sample_winners(batch, n, settings.k, generator)
     return {"nll": follow_likelihood(policy, batch.prompt, winners)}
@@ -194,11 +191,11 @@ def bon_sft_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: in
 
 def bond_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
                   settings: TuningSettings, generator: torch.Generator) -> dict[str, float]:
-    """BOND's Jeffreys loss with N fixed: the forward KL of bon-sft and the reverse KL of vBoN.
+    """BOND's Jeffreys loss with N fixed (arXiv 2407.14622): the forward KL of bon-sft plus the
+    reverse KL of vBoN.
 
-    It is their sum, where BOND has half of it: Adam's steps do not depend on the factor. Of the k
-    responses to a prompt, half are winners and half are the policy's own. Returns nll of the
-    winners, and win_rate and kl_ref of the policy's own responses.
+    Of the k responses to a prompt, half are winners and half are the policy's own. Returns nll of
+    the winners, and win_rate and kl_ref of the policy's own responses.
     """
     n = vbon.grow(n, batch.step, settings.steps)
     # the forward KL
@@ -240,10 +237,8 @@ def bonbon_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int
 
 
 def follow_likelihood(policy: GPT, prompt: Tensor, response: Tensor) -> float:
-    """Add the gradient of the negative log-likelihood of responses (P, K, L) to .grad.
-
-    Returns it in nats per response.
-    """
+    """Add the gradient of the negative log-likelihood of responses (P, K, L) to .grad; return it in
+    nats per response."""
     logprob = descend(policy, prompt, response, lambda logprob, rows: -logprob.mean())
     return -logprob.mean().item()
 
@@ -258,9 +253,7 @@ def sample_winners(batch: Batch, n: int, k: int, generator: torch.Generator) -> 
 def sample_pairs(batch: Batch, n: int, k: int, generator: torch.Generator
                  ) -> tuple[Tensor, Tensor]:
     """Return k pairs (P, k, L): the best and the worst of the same n different cached responses.
-
-    They are in random order, so that ties are broken at random.
-    """
+    Ties are broken at random, since they are in random order."""
     P, M = batch.ref_rewards.shape
     order = torch.rand(P, k, M, generator=generator, device=generator.device).argsort(-1)
     chosen = order[..., :n].cpu()

@@ -1,4 +1,4 @@
-"""studies.py: eight questions about vBoN and its neighbours.
+"""studies.py: nine questions about vBoN and its neighbours.
 
     python -m experiments.studies --n 4                     all of them
     python -m experiments.studies --n 4 --study fault       one of them
@@ -11,10 +11,12 @@
     savings       Which decoders save tokens?
     temperature   What does the sampling temperature do?
     gap           Where does the KL of vBoN to best-of-N come from?
+    sizes         Does the learning rate's rule hold for larger models?
 
-Run it from the folder of train.py. It uses and fills the same cache. Temperature and gap take their
-policies from there, or train them: those of train.py and, for temperature, of experiments.compare.
+Run it from the folder of train.py. It uses and fills the same cache. The last three take their
+policies from there, or train them, and sizes also references; it is not among "all of them".
 """
+import copy
 import math
 from pathlib import Path
 
@@ -24,33 +26,38 @@ from torch import Tensor
 import train
 import vbon
 from experiments import gap, overoptimisation, savings, summary, temperature, theory
-from experiments.compare import find_entry, get_policy
+from experiments.compare import Entry, find_entry, get_policy
+from model import add_adapters
 from support import options, report
 from support.files import UnusableInput
-from support.inputs import read_inputs
-from support.settings import choose_settings
+from support.inputs import Inputs, read_inputs
+from support.settings import change, choose_settings
 from support.statistics import wins_of_target
 
-STUDIES = ("aims", "scale", "bound", "m", "fault", "savings", "temperature", "gap")
+STUDIES = ("aims", "scale", "bound", "m", "fault", "savings", "temperature", "gap",
+           "sizes")
 
 # ------------------------------------------------------------------------------------- the main job
 
 def main(argv: list[str] | None = None) -> None:
     """Print the answers to the questions, for one N and one seed."""
     parser = options.make_parser(__doc__, train.Settings())
-    parser.add_argument("--study", nargs="+", choices=STUDIES, metavar="STUDY", default=STUDIES,
-                        help=f"Which questions: {', '.join(STUDIES)}. Default: all of them.")
+    parser.add_argument("--study", nargs="+", choices=STUDIES, metavar="STUDY", default=STUDIES[:-1],
+                        help=f"Which questions: {', '.join(STUDIES)}. Default: all but the last.")
     args = parser.parse_args(argv)
     if args.sample is not None:
         raise UnusableInput("--sample: it belongs to train.py")
     inputs = read_inputs(args)
     settings = choose_settings(train.Settings(), args, args.n, inputs)
     world = None
-    if set(args.study) - {"fault", "m"}:                # these need no text
+    if set(args.study) - {"fault", "m", "sizes"}:       # these do not need it
         world = train.prepare(inputs, settings, Path(args.out, "cache"), args.seed)
     for name in args.study:
         try:
-            study(name, args.n, args.seed, Path(args.out), world, settings)
+            if name == "sizes":
+                study_sizes(inputs, settings, args.n, args.seed, Path(args.out, "cache"))
+            else:
+                study(name, args.n, args.seed, Path(args.out), world, settings)
         except UnusableInput as problem:
             print(f"\n{name} is left out: {problem}")
 
@@ -79,11 +86,9 @@ def study(name: str, n: int, seed: int, out: Path, world: train.World | None,
             models[method] = tuned["policy"]
         temperature.study(world, models, seed, settings.samples.k_eval)
     else:
-        entry = find_entry(cache, "vbon", world.held_out.reward, n, seed)
-        _, evaluated = get_policy(cache, world, entry, n, settings, seed)
+        _, evaluated = get_policy(cache, world, Entry("vbon", None, {}), n, settings, seed)
         gap.study(evaluated, world.held_out.reward, n)
 
-# ---------------------------------------------------------------------------- aims of all methods
 
 def study_aims(refs: Tensor, n: int, seed: int, cache: Path) -> None:
     """Print what the aim of each method attains, alone and decoded by best-of-n and worst-of-n."""
@@ -97,7 +102,6 @@ def study_aims(refs: Tensor, n: int, seed: int, cache: Path) -> None:
             print(f"  left out: {problem}")
     summary.print_aims(groups)
 
-# ------------------------------------------------------------------------- the scale of the reward
 
 def study_scale(world: train.World, n: int, beta: float) -> None:
     """Show that increasing transforms of the reward do not change vBoN's target, but KL-RL's."""
@@ -197,6 +201,30 @@ def study_m(path: Path, n: int) -> None:
             axes.minorticks_off()
             axes.set_xticks(MS, MS)
             axes.set_yticks(ticks, ticks)
+
+# ----------------------------------------------------------------- the learning rate and the size
+
+SIZES = ((2, 64), (2, 128), (4, 128))                   # layers, width
+COLUMNS = {"win_rate": 15, "kl_ref": 15, "kl_bon": 15}
+
+
+def study_sizes(inputs: Inputs, settings: train.Settings, n: int, seed: int, cache: Path) -> None:
+    """Train vBoN on references of several sizes, with the learning rate 0.54 / √(parameters)."""
+    lines = []
+    for layers, width in SIZES:
+        size = change(settings, layers=layers, width=width, heads=width // 32)
+        world = train.prepare(inputs, size, cache, seed)
+        tuned, evaluated = get_policy(cache, world, Entry("vbon", None, {}), n, size, seed)
+        row = train.policy_row("vbon", world, evaluated, n, tuned["seconds"])
+        # fine-tuning trains the parameters of the adapters
+        trained = add_adapters(copy.deepcopy(world.reference), size.tuning.rank, torch.Generator())
+        count = sum(p.numel() for p in trained)
+        lr = size.tuning.lr_scale / math.sqrt(count)
+        name = f"{layers} x {width}"
+        lines.append(f"{name:16}{count:9,}{lr:10.5f}" + summary.cells([row], COLUMNS))
+    print(f"\n{'layers x width':16}{'trained':>9}{'rate':>10}{'win rate':>15}{'KL to ref':>15}"
+          f"{'KL to BoN':>15}")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

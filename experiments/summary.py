@@ -201,10 +201,12 @@ def plot_plane(axes, groups: Groups, pool: Tensor) -> None:
                   label=title(name, "N"))
         reach = max(reach, 1.3 * max(kls, default=0))
         top = max(top, max(wins, default=0) + 0.1)
-    found = theory.curves(pool)
-    axes.plot(*zip(*found["highest"]), "-", color="black", lw=1, label="highest win rate at a KL")
-    axes.plot(*zip(*found["best-of-n"]), ".", color="tab:blue", ms=5,
-              label="best of 1, 2, 3, ..., in theory")
+    kls, wins = zip(*[bon_attains(pool, n) for n in range(1, 33)])
+    axes.plot(kls, wins, ".", color="tab:blue", label="best of 1, 2, 3, ..., in theory")
+    tilts = [theory.aim_weights("highest", 1, 10 / 1.1 ** i, pool) for i in range(60)]
+    highest = [theory.attained(weight, pool) for weight in tilts]
+    axes.plot([point["kl_ref"] for point in highest], [point["win_rate"] for point in highest],
+              color="black", lw=1, label="highest win rate at a KL")
     axes.set_title("Win rate and KL to the reference", fontsize=13)
     axes.set_xlabel("KL to the reference, nats per response", fontsize=11)
     axes.set_ylabel("win rate over the reference", fontsize=11)

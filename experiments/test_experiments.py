@@ -12,7 +12,7 @@ import torch
 
 import train
 import vbon
-from experiments import (compare, decoders, gap, methods, overoptimisation, own_method, sizes,
+from experiments import (compare, decoders, gap, methods, overoptimisation, own_method,
                          studies, summary, temperature, theory)
 from model import GPT
 from support import kept, results
@@ -81,6 +81,11 @@ def uniform_rewards(m=4096):
     return ((torch.arange(m) + 0.5) / m).double()[None]
 
 
+def bon_theory(n):
+    """KL to the reference and win rate of best-of-n, for a continuous reward."""
+    return math.log(n) - (n - 1) / n, n / (n + 1)
+
+
 def closed_form(t):
     """Win rate and KL of the tilt of a continuous reward by exp(t·F)."""
     win = 1 / (1 - math.exp(-t)) - 1 / t
@@ -94,29 +99,13 @@ def test_the_highest_win_rate_is_the_closed_form(t):
     assert theory.highest_win_rate(kl, uniform_rewards()) == pytest.approx(win, abs=1e-4)
 
 
-def test_the_highest_win_rate_is_unknown_where_few_samples_are_left():
-    rewards = uniform_rewards(512)
-    assert theory.highest_win_rate(2.5, rewards) is not None
-    assert theory.highest_win_rate(4.5, rewards) is None
-
-
-def test_the_highest_win_rate_stays_where_the_best_responses_tie():
+def test_the_highest_win_rate_stays_where_the_best_tie_and_is_unknown_where_few_are_left():
     """A quarter of the responses is right: no policy wins more than 7/8, at any KL."""
     rewards = torch.tensor([[1.0] * 64 + [0.0] * 192])
     assert theory.highest_win_rate(5.0, rewards) == pytest.approx(0.875)
     assert theory.highest_win_rate(0.0, rewards) == pytest.approx(0.5)
-
-
-def test_best_of_n_is_on_its_curve_and_not_above_the_highest():
-    rewards = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
-    found = theory.curves(rewards)
-    for n, (kl, win) in enumerate(found["best-of-n"], 1):
-        assert (kl, win) == pytest.approx(bon_attains(rewards, n))
-        assert win <= theory.highest_win_rate(kl, rewards) + 1e-3
-    assert len(found["best-of-n"]) > 20
-    for kl, win in found["highest"][1::5]:
-        assert win == pytest.approx(theory.highest_win_rate(kl, rewards), abs=1e-6)
-    assert found["highest"][-1][0] > 2
+    assert theory.highest_win_rate(2.5, uniform_rewards(512)) is not None
+    assert theory.highest_win_rate(4.5, uniform_rewards(512)) is None
 
 
 @pytest.mark.parametrize("scale", [1, 1e20, 1e-20, 1e80])
@@ -124,7 +113,7 @@ def test_beta_goes_as_far_as_best_of_n_for_rewards_of_any_size(scale):
     """Rewards N(0, 1): the optimum for β has a KL of 1 / (2 β²)."""
     rewards = scale * torch.special.ndtri(uniform_rewards(100_000))
     for n in (2, 4):
-        kl, _ = theory.bon_theory(n)
+        kl, _ = bon_theory(n)
         beta = theory.find_beta(rewards, n, "kl-rl")
         assert beta == pytest.approx(scale * math.sqrt(0.5 / kl), rel=0.01)
 
@@ -136,12 +125,6 @@ def test_a_beta_that_cannot_be_found_is_refused():
     for rewards, n in ((torch.ones(2, 64), 4), (few, 1)):
         with pytest.raises(UnusableInput, match="no beta takes it as far"):
             theory.find_beta(rewards, n, "wind")
-
-
-@pytest.mark.parametrize("method", ["vbon", "bound", "kl-rl", "bon-sft", "bond"])
-def test_aims_go_as_far_as_best_of_n(method):
-    rewards = torch.randn(16, 4096, generator=torch.Generator().manual_seed(0))
-    assert theory.find_aim(method, 4, rewards)["kl_ref"] == pytest.approx(0.636, abs=0.01)
 
 
 def test_how_far_an_aim_is_from_best_of_n_and_from_the_highest_win_rate():
@@ -352,34 +335,6 @@ def three_prompts():
     return reference, train.Samples(prompts, cached, logprob, world_reward(prompts, cached), 0.0)
 
 
-def test_a_stopped_training_continues_as_if_nothing_had_happened(tmp_path):
-    reference, samples = three_prompts()
-    settings = train.TuningSettings(steps=6, batch=2, k=4)
-    method = methods.choose_method("max-at-k", 2, 2.0)
-    steps = []
-
-    def four_updates(*given):
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        steps.append(given)
-        return method.gradient(*given)
-
-    def train_on(path, method):
-        return train.fine_tune(path, method, 2, reference, world_reward, samples, settings, 0)
-
-    whole = train_on(tmp_path / "whole", method)
-    with pytest.raises(KeyboardInterrupt):
-        train_on(tmp_path / "stopped", method._replace(gradient=four_updates))
-    saved = kept.load(tmp_path / "stopped")
-    assert saved["step"] == 4
-    kept.save(tmp_path / "stopped", saved | {"seconds": 1000.0})
-    again = train_on(tmp_path / "stopped", method)
-    assert again["history"] == whole["history"]
-    for name, x in whole["policy"].state_dict().items():
-        assert torch.equal(again["policy"].state_dict()[name], x), name
-    assert 0 <= whole["seconds"] < 100 and 1000 <= again["seconds"] < 1100
-
-
 def test_the_loop_gives_each_update_its_rate_and_its_batch(tmp_path, monkeypatch):
     reference, samples = three_prompts()
     settings = train.TuningSettings(steps=8, batch=2, k=4, lr_scale=2.0)
@@ -500,34 +455,19 @@ def test_very_large_and_small_numbers_stay_narrow_in_a_table():
         "0.000", "1.500", "-4.7e+20", "3e-07"]
 
 
-def test_how_far_a_line_is_below_the_highest():
-    rewards = uniform_rewards().repeat(2, 1)
-    line = {"kl_ref": math.log(4) - 3 / 4, "win_rate": 0.75, "win_rate_se": 0.01}
-    found = compare.beside(line, {"win_rate": 0.8}, rewards)
-    # best of 4 wins .800, the highest at its KL is .8035
-    assert found.pop("below_win_rate") == pytest.approx(0.0535, abs=5e-4)
-    assert found == {"aim_win_rate": 0.8, "below_win_rate_se": 0.01}
-
-
 def test_a_strip_has_a_line_for_each_method_the_nearest_first():
     from matplotlib.figure import Figure
     groups = {}
-    for n in (2, 4):
-        for method, kl in (("ref", 9.0), ("vbon", 0.1), ("mine", 0.3), ("yours", 0.2)):
-            groups[n, method] = [{"method": method, "n": n, "kl_bon": n * kl, "aim_kl_bon": 0.0}]
+    for method, kl in (("ref", 9.0), ("vbon", 0.1), ("mine", 0.3), ("yours", 0.2)):
+        groups[4, method] = [{"method": method, "n": 4, "kl_bon": kl, "aim_kl_bon": 0.0}]
     lines = summary.in_order(groups)
-    assert lines == ["vbon", "yours", "mine"]
     axes = Figure().subplots()
     summary.plot_strip(axes, groups, lines, summary.STRIPS[0])
     assert [label.get_text() for label in axes.get_yticklabels()] == ["vBoN", "yours", "mine"]
-    places = {}
-    for line in axes.lines:
-        if line.get_marker() in "os":
-            places.setdefault(line.get_color(), []).append((line.get_xdata()[0],
-                                                            round(line.get_ydata()[0])))
-    # each method has a color and a place of its own
-    assert sorted(places.values()) == [[(0.2, 0), (0.4, 0)], [(0.4, 1), (0.8, 1)],
-                                       [(0.6, 2), (1.2, 2)]]
+    measured = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [line.get_xdata()[0] for line in measured] == [0.1, 0.3, 0.2]
+    assert [line.get_ydata()[0] for line in measured] == pytest.approx([0, 2, 1])
+    assert len({line.get_color() for line in measured}) == 3
 
 # ---------------------------------------------------------------------------- whole, tiny runs
 
@@ -585,24 +525,18 @@ def test_comparison_has_a_finite_line_for_each_method(compared):
 
 def test_comparison_leaves_each_model_and_its_responses(compared):
     folder, _, rows, _ = compared
-    left = {path.name for path in folder.iterdir() if path.is_dir()} - {"cache"}
-    names = {"vbon": "policy-n2-seed0", "kl-rl": "policy-kl-rl-n2-seed0",
-             "mine": "policy-mine-n2-seed0"}
-    assert left == {"reference-seed0", *names.values()}
-    for row in rows:
-        if row["method"] not in names:
-            continue
-        name = names[row["method"]]
-        settings = json.loads((folder / name / "settings.json").read_text(encoding="utf-8"))
-        for key in ("method", "n", "seed", "beta", "steps", "code"):
-            assert settings[key] == row[key]
-        # the weights are those of its own stage
-        stored, = (folder / "cache").glob(f"policy-{row['method']}-*-seed0-*.pt")
-        head = load_model(folder / name).lm_head.weight
+    for method, name in (("vbon", "n2-seed0"), ("kl-rl", "kl-rl-n2-seed0"),
+                         ("mine", "mine-n2-seed0")):
+        row, = [row for row in rows if row["method"] == method]
+        text = (folder / f"policy-{name}" / "settings.json").read_text(encoding="utf-8")
+        settings = json.loads(text)
+        assert settings.pop("weights")
+        assert settings == {key: row[key] for key in row if key not in results.METRICS}
+        stored, = (folder / "cache").glob(f"policy-{method}-*-seed0-*.pt")
+        head = load_model(folder / f"policy-{name}").lm_head.weight
         assert torch.equal(head, kept.load(stored)["policy"].lm_head.weight)
-        lines = (folder / f"responses-{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-        assert {record["method"] for record in records} == {row["method"]}
+        lines = (folder / f"responses-policy-{name}.jsonl").read_text(encoding="utf-8")
+        records = [json.loads(line) for line in lines.splitlines()]
         mean = sum(record["reward"] for record in records) / len(records)
         assert mean == pytest.approx(row["reward"], abs=1e-6)
 
@@ -634,22 +568,10 @@ def test_again_it_trains_nothing_and_adds_no_line(compared, capsys, monkeypatch)
     assert len(read_lines(folder)) == len(rows) + 1
 
 
-def test_without_method_all_that_fit_are_compared(monkeypatch):
-    """With N = 5, a quick run has too few own responses for max@k, and says what to do."""
-    settings = train.Settings(samples=train.SampleSettings(m=4), tuning=train.TuningSettings(k=4))
-    misfits = []
-    for name in compare.NAMES:
-        try:
-            compare.check_method(name, 5, settings)
-        except UnusableInput as problem:
-            misfits.append(f"{name}: {str(problem).split('want ')[1]}")
-    assert misfits == ["max-at-k: --k 5 or more", "max-at-k-win: --k 5 or more",
-                       "infalign: --m 5 or more", "bon-sft: --m 5 or more", "bond: --m 5 or more",
-                       "bonbon: --m 5 or more"]
-
-
 @pytest.mark.parametrize("arguments, message", [
     ("--n 17 --quick --method bond", "bond at n = 17: want --m 17 or more"),
+    ("--n 17 --quick --method infalign --k 16", "infalign at n = 17: want --m 17"),
+    ("--n 5 --quick --method max-at-k", "max-at-k at n = 5: want --k 5"),
     ("--n 4 --quick --method pessimism --m-eval 4", "pessimism at n = 4: want --m-eval 5"),
     ("--n 0", "want at least 1"),
     ("--method ppo", "want vbon, .*, pessimism, or a file NAME.py"),
@@ -692,29 +614,16 @@ def test_a_study_that_is_impossible_stops_no_other(compared, capsys):
     assert "scale is left out: kl-rl at n = 1" in printed and "How far is the bound" in printed
 
 
-def test_two_studies_need_no_text(tmp_path, capsys):
-    studies.main(["--study", "fault", "m", "--out", str(tmp_path)])
-    assert "pessimism" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.glob("*.*g")} == {"fault.png", "m.png"}
-
-
-def test_sizes_print_a_row_for_each_size(tmp_path, capsys):
-    sizes.main(["--quick", "--n", "2", "--size", "1x32", "2x64", "--out", str(tmp_path)])
+def test_sizes_have_their_learning_rates(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(studies, "SIZES", ((1, 32), (2, 64)))
+    studies.main([*ARGUMENTS, str(tmp_path), "--study", "sizes"])
     lines = capsys.readouterr().out.splitlines()[-2:]
-    for line, size, width, layers in zip(lines, ("1x32", "2x64"), (32, 64), (1, 2)):
+    for line, width, layers in zip(lines, (32, 64), (1, 2)):
         # in each block, linear layers to 3, 1, 4 and from 4 times the width; and the head
         trained = 4 * (layers * (4 + 2 + 5 + 5) * width + width + 400)
         cells = line.split()
-        assert cells[:2] == [size, f"{trained:,}"]
-        assert float(cells[2]) == pytest.approx(0.54 / trained ** 0.5, rel=1e-2)
-
-
-@pytest.mark.parametrize("given", ["--size 2x60", "--size 0x64", "--size 2x0", "--size 2",
-                                   "--size x", "--size 2x64x2", "--n 2 4"])
-def test_sizes_refuse_what_is_no_model(given, tmp_path):
-    with pytest.raises(UnusableInput, match=given.split()[0]):
-        sizes.main([*given.split(), "--out", str(tmp_path / "new")])
-    assert not (tmp_path / "new").exists()
+        assert cells[:4] == [str(layers), "x", str(width), f"{trained:,}"]
+        assert float(cells[4]) == pytest.approx(0.54 / trained ** 0.5, rel=1e-2)
 
 
 def test_the_gap_is_split_by_rank():
@@ -751,17 +660,6 @@ def test_the_gap_of_a_perfect_policy_is_the_noise_of_f():
     logprob = ref_logprob + math.log(4) + 3 * cdf.log()
     rows, _ = gap.gap_by_rank(logprob, ref_logprob, cdf, refs, 4)
     assert sum(row["kl"] for row in rows) == pytest.approx(3 / 1024, rel=0.1)
-
-
-def test_the_gap_counts_each_rank_once():
-    """Nine reference rewards: F is .1, .2, ..., 1, and an upper edge belongs to its range."""
-    refs = torch.arange(1.0, 10.0)[None]
-    reward = torch.arange(0.5, 10.0)[None]
-    logprob = torch.linspace(-20, -18, 10)[None]
-    rows, _ = gap.gap_by_rank(logprob, logprob - 1, reward, refs, 2)
-    found = [(row["low"], row["high"], round(10 * row["share"])) for row in rows]
-    assert found == [(0, 0.1, 1), (0.1, 0.2, 1), (0.2, 0.4, 2), (0.4, 0.6, 2), (0.6, 0.8, 2),
-                     (0.8, 0.9, 1), (0.95, 1, 1)]
 
 
 @pytest.mark.parametrize("m, rmse", [(16, 0.49), (256, 0.16)])

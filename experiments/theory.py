@@ -1,7 +1,7 @@
 """The aim of each method, computed without training, from M reference rewards of each prompt.
 
-A policy π ∝ π_ref · exp(score) is a tilt of the reference. All methods here aim at a tilt. Its
-reward, win rate and KL are estimated from samples of the reference, with exp(score) as weights.
+A policy π ∝ π_ref · exp(score) is a tilt of the reference. All methods here aim at a tilt. Its win
+rate and KL are estimated from samples of the reference, with exp(score) as weights.
 
     score                  the tilt
     t · win rate of y      has the highest win rate of all policies with its KL to the reference
@@ -25,24 +25,12 @@ from support.statistics import bon_attains, share_of_sets
 MIN_SIZE = 16                           # effective samples below which no estimate is shown
 CODE = ("experiments.theory", "support.statistics", "vbon")     # computes the aims; for `keep`
 
-# -------------------------------------------------------------- best-of-n, from M rewards a prompt
-
-def bon_theory(n: int) -> tuple[float, float]:
-    """Return KL(π_bon || π_ref) in nats and win rate of best-of-n, if the reward is continuous.
-
-    n = 4 gives log 4 - 3/4 = 0.636 and 4/5.
-    """
-    kl = math.log(n) - (n - 1) / n
-    return kl, n / (n + 1)
-
-
 def winner_weights(rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P, M)
     """Return the probability that each of M responses is the best of n *different* ones of them.
 
-    Responses with the same reward share their probability equally. With n = 2, rewards 1, 2, 2 give
-    0, 1/2, 1/2. A response sampled with these weights is distributed exactly as the best of n new
-    ones. Sampling with replacement would let a response compete with itself. Raises ValueError for
-    n < 1, n > M, and unusable rewards.
+    Rewards 1, 2, 2 with n = 2 give 0, 1/2, 1/2. A response sampled with these weights is
+    distributed exactly as the best of n new ones; with replacement, it would compete with itself.
+    Raises ValueError for n < 1, n > M, and unusable rewards.
     """
     less, equal = vbon.count_less_and_equal(rewards, rewards)
     m = rewards.shape[1]
@@ -55,10 +43,9 @@ def winner_weights(rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P, M)
 
 
 def bon_expected_reward(ref_rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P,)
-    """Return the expected reward of best-of-n, unbiased, for any n up to M.
+    """Return the expected reward of best-of-n, unbiased: the mean over all sets of n of the M.
 
-    It is the mean of the best reward over all sets of n of the M responses. With n = 2, rewards
-    1, 2, 4 give (2 + 4 + 4) / 3. Raises ValueError as `winner_weights`.
+    Rewards 1, 2, 4 with n = 2 give (2 + 4 + 4) / 3. Raises ValueError as `winner_weights`.
     """
     return (winner_weights(ref_rewards, n) * ref_rewards.cpu().double()).sum(-1)
 
@@ -74,8 +61,7 @@ def bon_weights(n: int, ref_rewards: Tensor) -> Tensor:  # (P, M) -> (P, M)
 def attained(weight: Tensor, ref_rewards: Tensor) -> dict[str, float]:
     """Return what a policy attains that has the weights (P, M), which sum to 1 for each prompt.
 
-    These are means over the prompts: win_rate, kl_ref in nats, and ess, the effective sample size.
-    Weights of 1/M are the reference itself: win rate 1/2, KL 0, M effective samples.
+    These are win_rate, kl_ref in nats, and ess, the effective sample size, as means over prompts.
     """
     wins = vbon.win_rate(ref_rewards, ref_rewards)
     return {
@@ -91,13 +77,6 @@ def kl_to_reference(weight: Tensor) -> float:  # (P, M)
     return torch.xlogy(ratio, ratio).mean().item()
 
 
-def best_of_n(n: int, ref_rewards: Tensor) -> dict[str, float]:
-    """Return what best-of-n attains, under the same names; the win rate is that of bon_attains."""
-    found = attained(bon_weights(n, ref_rewards), ref_rewards)
-    _, found["win_rate"] = bon_attains(ref_rewards, n)
-    return found
-
-
 def highest_win_rate(kl: float, ref_rewards: Tensor) -> float | None:
     """Return the highest win rate of all policies with this KL to the reference.
 
@@ -107,36 +86,15 @@ def highest_win_rate(kl: float, ref_rewards: Tensor) -> float | None:
     found = attained(aim_weights("highest", 1, beta, ref_rewards), ref_rewards)
     return found["win_rate"] if found["ess"] >= MIN_SIZE else None
 
-
-def curves(ref_rewards: Tensor) -> dict[str, list[tuple[float, float]]]:
-    """Return two curves, as lists of KL to the reference and win rate.
-
-    "best-of-n" has a point for n = 1, 2, 3, ..., "highest" is the highest win rate at each KL. Both
-    end where fewer than 16 effective samples are left.
-    """
-    found = {"best-of-n": [], "highest": [(0.0, 0.5)]}
-    for n in range(1, ref_rewards.shape[1] + 1):
-        point = best_of_n(n, ref_rewards)
-        if point["ess"] < MIN_SIZE:
-            break
-        found["best-of-n"].append((point["kl_ref"], point["win_rate"]))
-    for i in range(80):
-        beta = 10 / 1.1 ** i
-        point = attained(aim_weights("highest", 1, beta, ref_rewards), ref_rewards)
-        if point["ess"] < MIN_SIZE:
-            break
-        found["highest"].append((point["kl_ref"], point["win_rate"]))
-    return found
-
 # ------------------------------------------------------------------- who wins if it is decoded by N
 
 def decoded_win_rate(reward: Tensor, ref_rewards: Tensor, n: int, own_n: int | None = None
                      ) -> Tensor | None:
-    """Return how often the best of n responses of a policy beats the best of n of the reference.
+    """Return how often the best of own_n (default: n) responses of a policy beats the best of n of
+    the reference.
 
-    reward (P, K) of the policy's responses, ref_rewards (P, M) -> (P,). Unbiased: a mean over all
-    sets of different responses on both sides; a tie counts half. own_n: the number of responses of
-    the policy, if it is not n. None if there are fewer responses.
+    (P, K), (P, M) -> (P,). Unbiased: a mean over all sets of different responses on both sides; a
+    tie counts half. None if there are fewer responses.
     """
     own_n = own_n or n
     if n > ref_rewards.shape[1] or own_n > reward.shape[1]:
@@ -147,8 +105,7 @@ def decoded_win_rate(reward: Tensor, ref_rewards: Tensor, n: int, own_n: int | N
 def wins_over_best(reward: Tensor, ref_rewards: Tensor, n: int) -> Tensor:
     """Return how often y beats the best of n reference responses: (P, K), (P, M) -> (P, K).
 
-    An unbiased estimate of F^n: the share of sets of n whose rewards are all lower; a tie counts
-    half.
+    An unbiased estimate of F^n: the share of sets of n whose rewards are all lower, ties half.
     """
     less, equal = vbon.count_less_and_equal(reward, ref_rewards)
     m = ref_rewards.shape[1]
@@ -157,10 +114,8 @@ def wins_over_best(reward: Tensor, ref_rewards: Tensor, n: int) -> Tensor:
 
 def decoded_win_rate_of(weight: Tensor, ref_rewards: Tensor, n: int, worst: bool = False
                         ) -> float:  # (P, M), (P, M)
-    """Return the same for a policy with known weights of the M responses, as a mean over prompts.
-
-    worst: both sides return the worst of n instead.
-    """
+    """Return the same for known weights of the M responses, as a mean over prompts; or, if `worst`,
+    how often the worst of n beats the worst of n."""
     rewards = ref_rewards.cpu().double()
     if worst:
         return 1 - decoded_win_rate_of(weight, -rewards, n)
@@ -208,18 +163,18 @@ def find_aim(method: str, n: int, ref_rewards: Tensor) -> dict:
     found = aim_of_weights(aim_weights(method, n, beta, ref_rewards), n, ref_rewards)
     if method in AT_BON and found:
         # with weights, a response competes with itself; here it does not
-        wins = best_of_n(n, ref_rewards)["win_rate"]
+        _, wins = bon_attains(ref_rewards, n)
         found["below_win_rate"] += found["win_rate"] - wins
         found["win_rate"] = wins
     return {"beta": beta} | found
 
 
 def aim_of_weights(weight: Tensor, n: int, ref_rewards: Tensor) -> dict[str, float]:
-    """Return what an aim attains that has these weights (P, M).
+    """Return what an aim with these weights (P, M) attains; nothing if it has too few effective
+    samples.
 
-    As `attained`; kl_bon, its KL to best-of-n; below_win_rate, how far its win rate is below the
-    highest at its KL; and decoded_win_rate and worst_win_rate, what it wins if it is decoded by
-    best-of-n or worst-of-n. Nothing if fewer than 16 effective samples are left.
+    As `attained`; kl_bon, its KL to best-of-n; below_win_rate, how far it is below the highest win
+    rate at its KL; decoded_win_rate and worst_win_rate, if decoded by best-of-n or worst-of-n.
     """
     found = attained(weight, ref_rewards)
     highest = highest_win_rate(found["kl_ref"], ref_rewards)
@@ -233,12 +188,11 @@ def aim_of_weights(weight: Tensor, n: int, ref_rewards: Tensor) -> dict[str, flo
 
 
 def find_beta(ref_rewards: Tensor, n: int, method: str) -> float:  # (P, M)
-    """Return the β, to three digits, for which the aim of a method has the KL to the reference of
-    best-of-n.
+    """Return the β, to three digits, whose aim is as far from the reference as best-of-n.
 
     Raises UnusableInput if there is none, or if too few effective samples are left.
     """
-    kl = best_of_n(n, ref_rewards)["kl_ref"]
+    kl = kl_to_reference(bon_weights(n, ref_rewards))
     beta = float(f"{bisect_beta(kl, ref_rewards, n, method):.3g}")
     found = attained(aim_weights(method, n, beta, ref_rewards), ref_rewards)
     if kl <= 0 or found["kl_ref"] < 0.95 * kl:
@@ -273,10 +227,7 @@ def bisect_beta(kl: float, ref_rewards: Tensor, n: int, method: str) -> float:
 
 
 def aim_weights(method: str, n: int, beta: float | None, ref_rewards: Tensor) -> Tensor:
-    """Return the target of a method, as weights (P, M) of the M responses.
-
-    Exact if these are all responses there are, with equal probabilities.
-    """
+    """Return the target of a method, if the M responses, equally probable, are all there are."""
     rewards = ref_rewards.cpu().double()
     if method in AT_BON:
         return bon_weights(n, rewards)
