@@ -5,9 +5,8 @@
     python train.py --n 4 --sample "i watched this"    responses of a finished run to your prompt
 
 The stages: text, reward, reference model, reference samples (all in `prepare`), fine-tuning and
-evaluation (in `main`). What takes long is kept in files: a run that was stopped continues when the
-same command is given again. `vbon_gradient` is the algorithm of the paper, and `fine_tune`, below
-it, the training loop.
+evaluation (in `main`). What takes long is kept in files: a stopped run continues when its command
+is given again. `vbon_gradient` is the algorithm of the paper, `fine_tune` the training loop.
 """
 import copy
 import math
@@ -18,45 +17,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-# Before PyTorch starts: let its threads sleep while they wait for each other. By default they spin,
-# and beside other work two threads take longer than one.
+# Before PyTorch starts: let its threads sleep while they wait. By default they spin, and beside other
+# work two threads take longer than one.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from torch import Tensor
 
 import vbon
-from model import GPT, add_adapters, merge_adapters, prompts_at_a_time, token_kl
+from model import GPT, add_adapters, merge_adapters, prompts_at_a_time
 from reward import accuracy, train_classifier
 from support import options, report, results
 from support.inputs import Inputs, read_inputs
 from support.kept import keep, resume, save_checkpoint
 from support.own_reward import OwnReward
 from support.reference_model import train_reference
-from support.sampling import compute_rewards, sample_responses, seeded_generator
+from support.sampling import compute_rewards, sample_responses, score_responses, seeded_generator
 from support.settings import choose_settings, setting
 from support.statistics import mean_and_error
 from support.text import Text, make_text
 
 # ------------------------------------------------------------------------------------- the settings
-# Each is a flag: --lm-steps 500. The defaults belong to the built-in text; support/settings.py has
-# those for other texts.
+# Each is a flag: --lm-steps 500. Other texts have other defaults: support/settings.py.
 
 @dataclass(frozen=True)
 class TextSettings:
-    """Reviews, their tokens, and prompts."""
+    """Reviews, their tokens and prompts, and the classifier of reviews."""
     reviews: int = setting(12_000, "number of built-in reviews")
     vocab: int = setting(768, "tokens in the vocabulary", least=257)
     prompt_tokens: int = setting(4, "tokens at the start of a review that form its prompt")
     length: int = setting(24, "largest number of tokens in a response; all costs grow with it")
     prompts: int = setting(512, "prompts to train on")
     held_prompts: int = setting(64, "held-out prompts, for the evaluation", least=2)
-
-
-@dataclass(frozen=True)
-class RewardSettings:
-    """The sentiment classifier."""
-    epochs: int = setting(4, "passes over the reviews")
+    epochs: int = setting(4, "passes over the reviews, to train the classifier")
 
 
 @dataclass(frozen=True)
@@ -90,9 +83,8 @@ class TuningSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of all stages."""
+    """All settings, in the order of the stages."""
     text: TextSettings = TextSettings()
-    reward: RewardSettings = RewardSettings()
     reference: ReferenceSettings = ReferenceSettings()
     samples: SampleSettings = SampleSettings()
     tuning: TuningSettings = TuningSettings()
@@ -124,7 +116,6 @@ def main(argv: list[str] | None = None) -> "Run | None":
     settings = choose_settings(Settings(), args, n, inputs)
 
     # ---- text, reward, reference model, reference samples
-    report.note_small_m(settings.samples.m, n)
     world = prepare(inputs, settings, out / "cache", seed)
 
     # ---- fine-tuning: make one sample of the policy as good as the best of n
@@ -137,7 +128,7 @@ def main(argv: list[str] | None = None) -> "Run | None":
     # ---- evaluation: on held-out prompts, with other reference samples
     evaluated = keep(out / "cache", f"evaluation-vbon-n{n}-seed{seed}", evaluate, policy,
                      world.reference, world.reward, world.held_out.prompt, settings.samples.k_eval,
-                     world.text.length, "vbon", seed, code=TUNING)
+                     world.text.length, "evaluation of vbon", seed, code=TUNING)
     rows = [reference_row(world, n), best_of_n_row(world, n, seed),
             policy_row("vbon", world, evaluated, n, tuned["seconds"])]
     report.print_table(rows, world.held_out.reward, world.text.length)
@@ -183,6 +174,9 @@ class Run(NamedTuple):
     evaluated: dict                 # the policy's responses to the held-out prompts: see `evaluate`
     history: list[dict]             # what was watched in each update
 
+    def __repr__(self) -> str:
+        return f"Run(n={self.n}, seed={self.seed}, win_rate={self.rows[-1]['win_rate']:.3f})"
+
 
 def prepare(inputs: Inputs, settings: Settings, cache: Path, seed: int) -> World:
     """Run the first stages: text, reward, reference model, reference samples."""
@@ -191,14 +185,13 @@ def prepare(inputs: Inputs, settings: Settings, cache: Path, seed: int) -> World
     # ---- text: reviews, their tokens, and prompts
     text = make_text(inputs.reviews, inputs.pretrained, settings.text, seed)
 
-    # ---- reward: the logit of a sentiment classifier, or your own function
+    # ---- reward: your own function, or the logit of a classifier (trained again in each run)
     if inputs.own_reward is not None:
         reward = OwnReward(inputs.own_reward, text.encoding, cache)
         reward.try_out(text.tokens, settings.text.prompt_tokens)
     else:
-        # it takes a second, so it is not kept
         classifier = train_classifier(text.tokens, text.labels, text.encoding.n_vocab,
-                                      settings.reward.epochs,
+                                      settings.text.epochs,
                                       seeded_generator("cpu", "classifier", seed))
         share = accuracy(classifier, text.unseen_tokens, text.unseen_labels)
         print(f"reward: the classifier is right on {share:.0%} of the reviews it has not seen")
@@ -269,8 +262,7 @@ def vbon_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
     log_target = vbon.bon_target(rollout.ref_logprob, rollout.reward, batch.ref_rewards, n)
     # (d), (e): compute log π_θ with gradients, and follow (6)
     logprob = vbon.reinforce(policy, batch.prompt, rollout.response, log_target, part)
-    kl_target = (logprob - log_target).mean().item()
-    return watch(batch, rollout, logprob) | {"kl_target": kl_target}
+    return watch(batch, rollout, logprob) | {"kl_target": (logprob - log_target).mean().item()}
 
 
 def fine_tune(checkpoint: Path, method: Method, n: int, reference: GPT, reward_fn, samples: Samples,
@@ -279,7 +271,7 @@ def fine_tune(checkpoint: Path, method: Method, n: int, reference: GPT, reward_f
     policy = copy.deepcopy(reference)
     trained = add_adapters(policy, settings.rank, seeded_generator("cpu", "adapters", seed))
     # Adam moves each parameter by about lr in an update, however small its gradient is. Near the
-    # target these moves are noise. Its KL grows with lr² · (number of trained parameters).
+    # target most of this is noise. Its KL grows with lr² · (number of trained parameters).
     lr = settings.lr_scale / math.sqrt(sum(p.numel() for p in trained))
     optimizer = torch.optim.Adam(trained, lr=lr, betas=(0.9, 0.99), fused=True)
     first, history, before = resume(checkpoint, trained, optimizer)
@@ -319,35 +311,21 @@ def decay(step: int, steps: int) -> float:
 
 def evaluate(policy: GPT, reference: GPT, reward_fn, prompts: Tensor, k: int, length: int,
              name: str, seed: int) -> dict:
-    """Sample from the policy on held-out prompts (P, T), and score the responses; called by
-    `keep`."""
+    """Sample responses of the policy to held-out prompts (P, T), and score them; for `keep`."""
     began = time.monotonic()
-    name = f"evaluation of {name}"
     sampled = sample_responses(policy, prompts, k, length, name, seed)
-    device = policy.wte.weight.device
-    judged = compute_rewards(reward_fn, prompts, sampled["response"], name, device.type)
-    ref_logprob = []
-    kl_ref = []
-    part = prompts_at_a_time(policy, k, length)
-    with torch.no_grad():
-        for prompt, response in zip(prompts.split(part), sampled["response"].split(part)):
-            prompt = prompt.to(device)
-            response = response.to(device)
-            ref_logprob.append(reference.logprob(prompt, response).cpu())
-            kl_ref.append(token_kl(policy, reference, prompt, response).cpu())
-    return sampled | judged | {"ref_logprob": torch.cat(ref_logprob), "token_kl": torch.cat(kl_ref),
-                               "seconds": time.monotonic() - began}
+    judged = compute_rewards(reward_fn, prompts, sampled["response"], name,
+                             policy.wte.weight.device.type)
+    scored = score_responses(policy, reference, prompts, sampled["response"])
+    return sampled | judged | scored | {"seconds": time.monotonic() - began}
 
 
 def metrics(logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int,
-            kl_ref: Tensor | None = None) -> dict[str, float]:
+            kl_ref: Tensor) -> dict[str, float]:
     """Return means and standard errors of all metrics, from a policy's responses (P, K).
 
-    logprob is the policy's own. kl_ref is log π_θ - log π_ref; for a trained policy, pass
-    `token_kl`, which has the same mean and is less noisy.
+    logprob is the policy's own. kl_ref: log π_θ - log π_ref, or `token_kl`, which is less noisy.
     """
-    if kl_ref is None:
-        kl_ref = logprob - ref_logprob
     log_bon = vbon.bon_target(ref_logprob, reward, ref_rewards, n)
     columns = {
         "reward": reward,
@@ -365,9 +343,8 @@ def metrics(logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_rewards: T
 def reference_row(world: World, n: int) -> dict:
     """Return the row of the reference itself, from all candidates."""
     c = world.candidates
-    row = metrics(c.logprob, c.logprob, c.reward, world.held_out.reward, n)
-    return {"method": "ref", "n": n} | row | {
-        "samples_per_answer": 1, "cut": share_cut(c.response, world), "seconds": c.seconds}
+    everyone = torch.arange(c.reward.shape[1]).expand_as(c.reward)
+    return decoded_row("ref", world, n, everyone, c.logprob) | {"samples_per_answer": 1}
 
 
 def best_of_n_row(world: World, n: int, seed: int) -> dict:
@@ -395,8 +372,9 @@ def decoded_row(method: str, world: World, n: int, chosen: Tensor, logprob: Tens
     """Return the row of a method that chooses one of n candidates: `chosen` (P, G) of them, with
     the log-probabilities (P, G) that they have under the method."""
     c = world.candidates
-    row = metrics(logprob, c.logprob.gather(1, chosen), c.reward.gather(1, chosen),
-                  world.held_out.reward, n)
+    ref_logprob = c.logprob.gather(1, chosen)
+    row = metrics(logprob, ref_logprob, c.reward.gather(1, chosen), world.held_out.reward, n,
+                  logprob - ref_logprob)
     rows = torch.arange(len(chosen))[:, None]
     return {"method": method, "n": n} | row | {
         "samples_per_answer": n, "cut": share_cut(c.response[rows, chosen], world),

@@ -26,12 +26,11 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict:
     """Return the object in a JSON file. Raises UnusableInput if there is none."""
+    text = read_text(path)
     try:
-        content = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UnusableInput):
-            raise
-        raise UnusableInput(f"{path}: not a JSON file") from None
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        content = None
     if not isinstance(content, dict):
         raise UnusableInput(f"{path}: want a JSON object")
     return content
@@ -58,16 +57,12 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder and its cache, and try to write into both. Raises UnusableInput.
+    """Make the folder and its cache, and write into both. Raises UnusableInput.
 
     A .gitignore keeps results out of the user's repository.
     """
     try:
-        for place in (folder, folder / "cache"):
-            place.mkdir(parents=True, exist_ok=True)
-            write_whole(place / ".writable", b"")
-            (place / ".writable").unlink()
-        if not (folder / ".gitignore").exists():
-            write_whole(folder / ".gitignore", b"*\n")
+        for place in (folder / "cache", folder):
+            write_whole(place / ".gitignore", b"*\n")
     except OSError as error:
         raise UnusableInput(f"--out {error.filename or folder}: {error.strerror}") from None

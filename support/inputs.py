@@ -47,16 +47,15 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     check_writable(out)
     device = choose_device(args.device)
     own_reward = None
+    reviews = None
+    pretrained = None
     if args.reward is not None:
         own_reward = RewardFile(args.reward)
-    reviews = None
     if args.data is not None:
         reviews = load_reviews(args.data, labelled=own_reward is None)
-    pretrained = None
     if args.init is not None:
         if Path(args.init).resolve().parent == out.resolve():
-            raise UnusableInput(f"--init {args.init}: this run may overwrite it; give another "
-                                f"--out")
+            raise UnusableInput(f"--init {args.init}: this run may overwrite it; give another --out")
         pretrained = load_pretrained(args.init)
     return Inputs(device, reviews, own_reward, pretrained)
 
@@ -72,8 +71,7 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:     # what PyTorch raises for a wrong device
         raise UnusableInput(f"--device {name}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
-        # TF32: on an H100, log-probabilities of GPT-2 are ten times as precise as with bfloat16,
-        # and updates are faster than with float32
+        # TF32: ten times as precise as bfloat16 for GPT-2's log-probabilities, faster than float32
         torch.set_float32_matmul_precision("high")
     return device
 

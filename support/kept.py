@@ -47,7 +47,6 @@ def check_sources() -> None:
     """Raise UnusableInput if a file was edited since the program started, or other code is loaded.
 
     Otherwise numbers of the old code could be kept under the name of the new one, or the reverse.
-    A notebook may load an edited file again, whole or function by function.
     """
     for name, source in SOURCES.items():
         path = ROOT / (name.replace(".", "/") + ".py")
@@ -182,19 +181,17 @@ def load(path: Path) -> dict | None:
     return found
 
 
-def save_checkpoint(path: Path, step: int, trained: list[Tensor],
-                    optimizer: torch.optim.Optimizer, history: list[dict], seconds: float) -> None:
+def save_checkpoint(path: Path, step: int, trained: list[Tensor], optimizer, history: list[dict],
+                    seconds: float) -> None:
     """Write all that the next updates of fine-tuning need."""
     save(path, {"step": step, "trained": [p.detach() for p in trained],
                 "optimizer": optimizer.state_dict(), "history": history, "seconds": seconds})
 
 
-def resume(path: Path, trained: list[Tensor], optimizer: torch.optim.Optimizer
-           ) -> tuple[int, list[dict], float]:
-    """Continue from a checkpoint, if there is one.
+def resume(path: Path, trained: list[Tensor], optimizer) -> tuple[int, list[dict], float]:
+    """Set the trained parameters and the optimizer from a checkpoint, if there is one.
 
-    Sets the trained parameters and the optimizer. Returns the number of finished steps, the history
-    and the seconds that they took: 0, [] and 0 without a checkpoint.
+    Returns the number of finished steps, the history and the seconds that they took.
     """
     saved = load(path)
     if saved is None:

@@ -31,56 +31,43 @@ def make_parser(description: str, settings, several: bool = False) -> Parser:
     Each setting is a flag. With `several`, --n and --seed take any number of values, else one.
     """
     parser = Parser(description=description, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    epilog="Other texts and models have other settings: see support/settings.py.")
     nargs = "+" if several else None
     run = parser.add_argument_group("the run")
-    run.add_argument("--n", type=positive_integer, nargs=nargs, default=[4] if several else 4,
-                     help="The N of best-of-N. A larger N means a higher reward, further away from "
-                     "the reference. Above 8, training takes three times the updates. Default: 4.")
+    run.add_argument("--n", type=int, nargs=nargs, default=[4] if several else 4,
+                     help="the N of best-of-N; above 8, with three times the updates (default: 4)")
     run.add_argument("--seed", type=int, nargs=nargs, default=[0] if several else 0,
-                     help="Another seed repeats everything, the built-in text included, with other "
-                     "random numbers. Default: 0.")
+                     help="another seed repeats everything, the built-in text included, with other "
+                     "random numbers (default: 0)")
     if not several:
-        run.add_argument("--sample", metavar="TEXT", help="Only print responses of a finished run, "
-                         "of its reference, best-of-N and policy, to the prompt TEXT.")
-    run.add_argument("--out", metavar="DIR", help="The folder for results, pictures and finished "
-                     "stages. Default: out, or out-quick with --quick.")
-    run.add_argument("--device", default="auto", help="The device to compute on: cpu, cuda or mps. "
-                     "Default: cuda where it is available, else cpu.")
-    run.add_argument("--quick", action="store_true", help="Use tiny sizes: a few seconds that show "
-                     "that the program runs. The numbers mean nothing.")
+        run.add_argument("--sample", metavar="TEXT", help="only print responses of a finished run, "
+                         "of its reference, best-of-N and policy, to the prompt TEXT")
+    run.add_argument("--out", metavar="DIR", help="folder for results, pictures and finished "
+                     "stages (default: out, or out-quick with --quick)")
+    run.add_argument("--device", default="auto", help="cpu, cuda or mps (default: cuda where it is "
+                     "available, else cpu)")
+    run.add_argument("--quick", action="store_true", help="use tiny sizes: a few seconds that show "
+                     "that the program runs; the numbers mean nothing")
 
     inputs = parser.add_argument_group("your own text, reward and model")
-    inputs.add_argument("--data", metavar="DIR", help="A folder with your own labelled reviews: "
+    inputs.add_argument("--data", metavar="DIR", help="folder with your own labelled reviews: "
                         "pos.txt and neg.txt, one review a line, or pos/*.txt and neg/*.txt, one "
-                        "review a file; with --reward, texts.txt is enough. Default: built-in "
-                        "reviews.")
-    inputs.add_argument("--reward", metavar="FILE.py", help="A Python file that defines "
+                        "review a file; with --reward, texts.txt is enough, one text a line")
+    inputs.add_argument("--reward", metavar="FILE.py", help="Python file that defines "
                         "reward(prompts, responses): two lists of texts in, one number for each "
-                        "pair out. With it, --data may hold texts.txt, one text a line, without "
-                        "labels. Changes of files that it imports are not noticed. Default: a "
-                        "sentiment classifier.")
-    inputs.add_argument("--init", metavar="GPT2", help="Start the reference model from gpt2, "
+                        "pair out; changes of files that it imports are not noticed")
+    inputs.add_argument("--init", metavar="GPT2", help="start the reference model from gpt2, "
                         "gpt2-medium, gpt2-large or gpt2-xl, which are downloaded, or from a "
-                        "Hugging Face folder of a GPT-2. Default: a new small model.")
+                        "Hugging Face folder of a GPT-2")
 
     for stage in dataclasses.fields(settings):
         values = getattr(settings, stage.name)
-        group = parser.add_argument_group(
-            f"settings: {stage.name}", f"{values.__doc__} Other texts and models have other "
-            f"defaults (support/settings.py).")
+        group = parser.add_argument_group(f"settings: {stage.name}", values.__doc__)
         for field in dataclasses.fields(values):
             group.add_argument(flag(field.name), type=type(field.default), metavar="X",
                                help=f"{field.metadata['help']} (built-in text: {field.default:g})")
     return parser
-
-
-def positive_integer(text: str) -> int:
-    """Convert an argument to an integer of at least 1; argparse reports a ValueError."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: want at least 1")
-    return number
 
 
 def run(program: Callable[[], object], name: str) -> None:

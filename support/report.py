@@ -1,4 +1,4 @@
-"""What a person reads and looks at: notes, progress lines, the table, the picture."""
+"""What a person reads and looks at: progress lines, the table, the picture."""
 import contextlib
 import io
 import math
@@ -11,43 +11,28 @@ import torch
 from torch import Tensor
 
 from support.files import write_whole
-from support.statistics import bon_attains, share_of_ties, wins_of_target
+from support.statistics import bon_attains, share_of_ties
 
-# ------------------------------------------------------------------------ notes and progress lines
-
-def note_small_m(m: int, n: int) -> None:
-    """Print what a perfect policy would attain, if M reference samples are few for this n."""
-    wins = wins_of_target(n, m)
-    if wins < n / (n + 1) - 0.01:
-        print(f"note: M = {m} is small for n = {n}: even a perfect policy would win only "
-              f"{wins:.3f} ({n / (n + 1):.3f} by\n  best of {n}); raise --m")
-
+# --------------------------------------------------------------------------------- progress lines
 
 _last_line = {"at": 0.0}                                # when the last progress line was printed
 
 
 def show_progress(label: str, done: int, total: int, began: float, stats: dict | None = None
                   ) -> None:
-    """Print a progress line: in a terminal one that changes, in a file one for each quarter of the
-    work, and at least one in 30 seconds."""
+    """Print a progress line with an estimate of the time: in a terminal one that changes, in a file
+    the first one, one for each quarter of the work, and at least one in 30 seconds."""
     now = time.monotonic()
-    spent = now - began
     live = sys.stdout.isatty()
-    quarter = done * 4 // total > (done - 1) * 4 // total
-    quarter = quarter or (done == 1 and spent * total > 60)     # long work: an estimate at once
-    if not live and not quarter and now - max(began, _last_line["at"]) < 30:
+    due = done == 1 or done * 4 // total > (done - 1) * 4 // total
+    if not live and not due and now - max(began, _last_line["at"]) < 30:
         return
     _last_line["at"] = now
     line = f"  {label} {done}/{total}"
     for name, value in (stats or {}).items():
         line += f"  {name} {value:.2f}"
-    line += f"  {spent:.0f} of {spent / done * total:.0f} s"
-    if not live:
-        print(line, flush=True)
-    elif done < total:
-        print(f"{line:79.79}", end="\r", flush=True)
-    else:
-        print(f"{line:79.79}", flush=True)
+    line += f"  {now - began:.0f} of {(now - began) / done * total:.0f} s"
+    print(f"{line:79.79}" if live else line, end="\r" if live and done < total else "\n", flush=True)
 
 # ------------------------------------------------------------------------------ the table
 
@@ -97,8 +82,8 @@ def plot_run(path: Path, rows: list[dict], rewards: list[Tensor], ref_rewards: T
              history: list[dict]) -> None:
     """Plot rewards on held-out prompts as histograms (left) and the training path (right).
 
-    rows and rewards: of the reference, of best-of-n and of the policy. ref_rewards (P, M) estimate
-    F there. history: one dictionary an update, with "kl_ref" and "win_rate".
+    rows and rewards: of the reference, of best-of-n and of the policy. ref_rewards (P, M): those
+    of the theory. history: one dictionary an update, with "kl_ref" and "win_rate".
     """
     with figure(path, 2, (11, 4.2)) as (left, right):
         plot_rewards(left, rows, rewards)
@@ -108,18 +93,17 @@ def plot_run(path: Path, rows: list[dict], rewards: list[Tensor], ref_rewards: T
 def plot_rewards(axes, rows: list[dict], rewards: list[Tensor]) -> None:
     """Plot histograms of rewards, and their means."""
     n = rows[1]["n"]
-    labels = ("reference, 1 sample", f"best of {n}, {n} samples", "vBoN, 1 sample")
-    colors = ("0.6", "tab:blue", "tab:red")
+    # line styles tell them apart without colors, too
+    looks = (("reference, 1 sample", "0.6", "-"), (f"best of {n}, {n} samples", "tab:blue", "-"),
+             ("vBoN, 1 sample", "tab:red", "--"))
     low = rewards[0].min().item() - 0.1
     high = rewards[0].max().item() + 0.1
     bins = torch.linspace(low, high, 50, dtype=torch.float64).tolist()
-    # the means of best-of-n and vBoN may coincide: one line is above, the other below
-    spans = ((0, 1), (0.5, 1), (0, 0.5))
-    for row, reward, label, color, span in zip(rows, rewards, labels, colors, spans):
+    for row, reward, (label, color, line) in zip(rows, rewards, looks):
         axes.hist(reward.flatten().tolist(), bins, density=True, histtype="step", lw=2, color=color,
-                  label=label)
-        axes.axvline(row["reward"], *span, color=color, ls=":", lw=2)
-    axes.set(xlabel="reward of a response (dotted: mean)", ylabel="density",
+                  ls=line, label=label)
+        axes.axvline(row["reward"], color=color, ls=line, lw=1)
+    axes.set(xlabel="reward of a response (vertical lines: means)", ylabel="density",
              title="Rewards on held-out prompts")
     axes.legend(frameon=False, loc="upper left")
 
@@ -132,7 +116,7 @@ def plot_path(axes, rows: list[dict], ref_rewards: Tensor, history: list[dict]) 
     curve = [bon_attains(ref_rewards, i) for i in range(1, 3 * n + 1)]
     axes.plot([kl for kl, _ in curve], [win for _, win in curve], ".-", color="tab:blue", lw=1,
               label="best of 1, 2, 3, ..., in theory")
-    for i in sorted({max(1, n // 2), n, 2 * n}):
+    for i in (n, 2 * n):
         axes.annotate(f"{i}", curve[i - 1], (-4, 8), textcoords="offset points", ha="right",
                       color="tab:blue")
     # single updates are noisy: the path is plotted as means of a dozen groups of them

@@ -10,23 +10,22 @@ from torch import Tensor
 import vbon
 from model import GPT
 from reward import Classifier
-from support.files import UnusableInput, read_json, write_lines, write_whole
+from support.files import UnusableInput, write_lines, write_whole
 from support.huggingface import load_model, save_generation_config, save_model
 from support.inputs import Inputs, choose_device
 from support.kept import code_mark, digest, load, save
 from support.own_reward import OwnReward, RewardFile
-from support.report import plot_run, title
+from support.report import plot_run
 from support.reviews import normalise
 from support.sampling import seeded_generator
 from support.settings import flat
 from support.text import Text
 from support.tokenizer import decode, pretrained_encoding, save_tokenizer
 
-# every line of results.jsonl has these metrics, and some have a few more
-ALWAYS = ("reward", "reward_se", "win_rate", "win_rate_se", "kl_ref", "kl_ref_se", "kl_bon",
-          "kl_bon_se", "positive", "samples_per_answer", "seconds")
-KEYS = ("method", "n", "seed", "beta", *ALWAYS)
-METRICS = (*ALWAYS, "cut", "decoded_win_rate", "decoded_win_rate_se")
+# the numbers in a line of results.jsonl that were measured; the others are settings
+METRICS = ("reward", "reward_se", "win_rate", "win_rate_se", "kl_ref", "kl_ref_se", "kl_bon",
+           "kl_bon_se", "positive", "samples_per_answer", "seconds", "cut", "decoded_win_rate",
+           "decoded_win_rate_se")
 
 
 def leave(args: argparse.Namespace, run, best: Tensor, made_by: dict) -> None:
@@ -45,19 +44,18 @@ def leave(args: argparse.Namespace, run, best: Tensor, made_by: dict) -> None:
     plot_run(out / "vbon.png", run.rows, rewards, world.held_out.reward, run.history)
 
     # ---- responses: some to read, all to compute with
-    models = [("reference", world.reference, 1), (f"best of {run.n}", world.reference, run.n),
-              ("vBoN", run.policy, 1)]
     prompts = world.held_out.prompt[:8].to(world.reference.wte.weight.device)
+    models = models_of_run(run.n, world.reference, run.policy)
     some = sample_text(encoding, prompts, world.reward, models, world.text.length, run.seed)
-    means = ", ".join(f"{title(row['method'], run.n)} {row['reward']:.3g}" for row in run.rows)
-    some = (f"The number before a response is its reward. Of best of {run.n}, the best of {run.n} "
-            f"responses is shown.\n\n{some}\nMean reward over all held-out prompts: {means}\n")
+    some = f"The number before a response is its reward.\n\n{some}"
     write_whole(out / "samples.txt", some.encode("utf-8"))
     write_records(out, name, run)
 
     # ---- the models, and what `sample_run` needs beside them
-    kept = {"length": world.text.length, "reward": args.reward}
-    if args.reward is None:
+    kept = {"length": world.text.length}
+    if args.reward is not None:
+        kept["reward"] = str(Path(args.reward).resolve())
+    else:
         kept["classifier"] = world.reward.__self__.state_dict()
     save(out / "cache" / f"run-{name}.pt", kept)
     given = {"given": {"data": args.data, "reward": args.reward, "init": args.init}}
@@ -74,22 +72,15 @@ def leave(args: argparse.Namespace, run, best: Tensor, made_by: dict) -> None:
 def read_results(out: Path) -> list[dict]:
     """Return the lines of results.jsonl in the folder `out`; none if there is no such file.
 
-    A line that was cut short by a kill is left out. Raises UnusableInput if one of the others is
-    not a result.
+    A line that was cut short by a kill is left out. Raises UnusableInput for another damaged one.
     """
     path = out / "results.jsonl"
-    rows = []
-    if path.exists():
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict) or not set(KEYS) <= row.keys():
-                raise UnusableInput(f"{path}, line {number}: not a result; delete this line, or "
-                                    f"move the file away")
-            rows.append(row)
-    return rows
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    except ValueError:
+        raise UnusableInput(f"{path}: a line is damaged; delete it, or move the file") from None
 
 
 def add_results(out: Path, rows: list[dict]) -> None:
@@ -112,15 +103,10 @@ def settings_of(row: dict) -> dict:
 
 def describe(settings, text: Text, inputs: Inputs, quick: bool) -> dict:
     """Return all that a result depends on besides method, N, β and seed: a part of its line."""
-    return flat(settings) | inputs.described() | {
-        # a small text may have fewer tokens and prompts than the settings ask for
-        "vocab": text.encoding.n_vocab,
-        "length": text.length,
-        "prompts": len(text.prompts),
-        "held_prompts": len(text.held_prompts),
-        "quick": quick,
-        "code": code_mark(),
-    }
+    # a small text may have fewer tokens and prompts than the settings ask for
+    found = {"vocab": text.encoding.n_vocab, "length": text.length, "prompts": len(text.prompts),
+             "held_prompts": len(text.held_prompts)}
+    return flat(settings) | inputs.described() | found | {"quick": quick, "code": code_mark()}
 
 # ------------------------------------------------------------------------------------ responses
 
@@ -164,6 +150,11 @@ def response_records(method: str, use: str, prompts: Tensor, found: dict,
     return rows
 
 
+def models_of_run(n: int, reference: GPT, policy: GPT) -> list[tuple[str, GPT, int]]:
+    """Return the models for `sample_text`: title, model, number of responses to choose from."""
+    return [("reference", reference, 1), (f"best of {n}", reference, n), ("vBoN", policy, 1)]
+
+
 def sample_text(encoding: tiktoken.Encoding, prompts: Tensor, reward_fn, models: list, length: int,
                 seed: int) -> str:
     """Return each prompt (P, T), followed by a response of each model with its reward, unedited.
@@ -197,11 +188,7 @@ def export_model(folder: Path, model: GPT, encoding: tiktoken.Encoding, row: dic
     """
     settings = settings_of(row) | {"weights": digest(model.state_dict())}
     last = folder / "settings.json"
-    if last.exists():
-        if read_json(last).get("weights") != settings["weights"]:
-            print(f"  {folder} was made with other settings: it is replaced\n"
-                  f"  (the command that made it makes it again)")
-        last.unlink()
+    last.unlink(missing_ok=True)
     save_model(model, folder)
     save_tokenizer(encoding, folder, model.config["block_size"])
     save_generation_config(folder, model, row["prompt_tokens"] + row["length"])
@@ -217,10 +204,9 @@ def sample_run(args: argparse.Namespace) -> str:
     out = Path(args.out)
     name = f"n{args.n}-seed{args.seed}"
     folder = out / f"policy-{name}"
-    reference_folder = out / f"reference-seed{args.seed}"
     kept = load(out / "cache" / f"run-{name}.pt")
-    complete = [(place / "settings.json").exists() for place in (folder, reference_folder)]
-    if kept is None or not all(complete):
+    # the policy is written last
+    if kept is None or not (folder / "settings.json").exists():
         found = ", ".join(sorted(path.name for path in out.glob("policy-n*"))) or "none"
         raise UnusableInput(f"--sample: {out} holds no finished run with --n {args.n} --seed "
                             f"{args.seed} (policies there: {found}); train.py without --sample "
@@ -228,18 +214,17 @@ def sample_run(args: argparse.Namespace) -> str:
     device = choose_device(args.device)
     encoding = pretrained_encoding(folder)
     policy = load_model(folder).to(device)
-    reference = load_model(reference_folder).to(device)
+    reference = load_model(out / f"reference-seed{args.seed}").to(device)
     ids = encoding.encode_ordinary(normalise(args.sample))
-    if len(ids) >= policy.config["block_size"]:
-        raise UnusableInput(f"--sample: want fewer than {policy.config['block_size']} tokens, got "
-                            f"{len(ids)}")
+    room = policy.config["block_size"]
+    if len(ids) >= room:
+        raise UnusableInput(f"--sample: want fewer than {room} tokens, got {len(ids)}")
     if "classifier" in kept:
         classifier = Classifier(encoding.n_vocab)
         classifier.load_state_dict(kept["classifier"])
         reward_fn = classifier.to(device).reward
     else:
         reward_fn = OwnReward(RewardFile(kept["reward"]), encoding, out / "cache")
-    models = [("reference", reference, 1), (f"best of {args.n}", reference, args.n),
-              ("vBoN", policy, 1)]
     prompt = torch.tensor(ids, device=device).repeat(3, 1)
+    models = models_of_run(args.n, reference, policy)
     return sample_text(encoding, prompt, reward_fn, models, kept["length"], args.seed)

@@ -118,65 +118,46 @@ LINE_BREAK = re.compile(r"<\s*/?\s*br\b[^>]*>", re.IGNORECASE)      # <br>, <BR 
 
 
 def load_reviews(folder: str | Path, labelled: bool = True) -> list[Review]:
-    """Return the reviews of a folder, in UTF-8: pos.txt and neg.txt with one review a line, or
+    """Return the reviews of a folder, each once: pos.txt and neg.txt with one review a line, or
     pos/*.txt and neg/*.txt with one review a file (the layout of IMDB's train folder).
 
-    Repeated reviews and HTML line breaks are removed. A text with both labels is dropped. If no
-    labels are needed, prompts.txt is enough, with one text a line; then all labels are 0.
-    Raises UnusableInput, which says what is wanted.
+    Without labels, texts.txt with one text a line is enough. Raises UnusableInput.
     """
     root = Path(folder)
-    if root.is_file():
-        raise UnusableInput(f"--data {folder}: a file; want a folder with pos.txt and neg.txt, one "
-                            f"plain text a line")
-    if not root.is_dir():
-        raise UnusableInput(f"--data {folder}: no such folder")
-    try:
-        list(root.iterdir())
-    except OSError as error:
-        raise UnusableInput(f"--data {folder}: {error.strerror}") from None
-    if not labelled and (root / "prompts.txt").is_file():
-        texts = list(_read_texts(root, "prompts").values())
-        if len(texts) < MIN_REVIEWS:
-            raise UnusableInput(f"--data {folder}: {len(texts)} different texts in prompts.txt, "
-                                f"want at least {MIN_REVIEWS}")
-        return [(text, 0) for text in texts]
-    positive = _read_texts(root, "pos")
-    negative = _read_texts(root, "neg")
-    both = positive.keys() & negative.keys()
-    if both:
-        print(f"  {len(both)} texts have both labels and are dropped")
-    reviews = []
-    for name, texts, label in (("pos", positive, 1), ("neg", negative, 0)):
-        kept = [text for key, text in texts.items() if key not in both]
-        if len(kept) < MIN_REVIEWS:
-            raise UnusableInput(f"--data {folder}: {len(kept)} different {name} reviews, "
-                                f"want at least {MIN_REVIEWS}")
-        reviews += [(text, label) for text in kept]
-    return reviews
+    labels = {"pos": 1, "neg": 0}
+    for name in ("prompts", "texts"):                   # prompts.txt is the old name
+        if not labelled and any(root.glob(f"{name}.txt")):
+            labels = {name: 0}
+    reviews = {}                                        # by what repeated texts have in common
+    for name, label in labels.items():
+        for text in _read_texts(root, name):
+            first = reviews.setdefault(text.casefold(), (text, label))
+            if first[1] != label:
+                reviews[text.casefold()] = (text, None)
+    kept = [review for review in reviews.values() if review[1] is not None]
+    if len(kept) < len(reviews):
+        print(f"  {len(reviews) - len(kept)} texts have both labels and are dropped")
+    for name, label in labels.items():
+        count = sum(1 for review in kept if review[1] == label)
+        if count < MIN_REVIEWS:
+            raise UnusableInput(f"--data {folder}: want at least {MIN_REVIEWS} different texts in "
+                                f"{name}, got {count}")
+    return kept
 
 
-def _read_texts(root: Path, name: str) -> dict[str, str]:
-    """Return the texts of one label, by a key that repeated texts have in common."""
-    texts = {}
-    one_file = root / f"{name}.txt"
-    files = [file for file in sorted((root / name).glob("*.txt")) if file.name[0] != "."]
-    if files and one_file.is_file():
-        raise UnusableInput(f"--data {root}: both {name}.txt and {name}/*.txt; move one away")
-    if not files and not one_file.is_file():
-        raise UnusableInput(f"--data {root}: want {name}.txt, one review a line, or {name}/*.txt, "
-                            f"one review a file; with --reward, prompts.txt is enough")
-    if files:
-        found = [read_text(file) for file in files]
-    else:
-        found = read_text(one_file).split("\n")
-        if found[0].lstrip().startswith(("{\"", "[{\"")):
-            raise UnusableInput(f"{one_file}: the first line looks like JSON; want plain text")
-    for text in found:
-        text = normalise(text)[:LONGEST]
-        if text:
-            texts.setdefault(text.casefold(), text)
-    return texts
+def _read_texts(root: Path, name: str) -> list[str]:
+    """Return the texts of one label, none of them empty."""
+    lines = list(root.glob(f"{name}.txt"))
+    files = sorted(root.glob(f"{name}/[!.]*.txt"))      # without hidden files
+    if bool(lines) == bool(files):
+        raise UnusableInput(f"--data {root}: want a folder with either {name}.txt, a text a line, "
+                            f"or {name}/*.txt, a text a file; with --reward, texts.txt is enough")
+    texts = [read_text(file) for file in files]
+    if lines:
+        # not splitlines: it also splits at form feeds, and at other characters within a line
+        texts = read_text(lines[0]).split("\n")
+    texts = [normalise(text)[:LONGEST] for text in texts]
+    return [text for text in texts if text]
 
 
 def normalise(text: str) -> str:

@@ -1,11 +1,11 @@
-"""Random numbers for each purpose; sampling and rewards of many responses, in parts."""
+"""Random numbers for each purpose; samples, rewards and scores of many responses, in parts."""
 import hashlib
 import time
 
 import torch
 from torch import Tensor
 
-from model import GPT
+from model import GPT, prompts_at_a_time, token_kl
 from support.report import show_progress
 
 RESPONSES = 1024                                        # in a part
@@ -51,3 +51,18 @@ def compute_rewards(reward_fn, prompts: Tensor, response: Tensor, name: str, dev
         if time.monotonic() - began > 2:                # a classifier is faster
             show_progress(f"rewards ({name})", i + 1, len(parts), began)
     return {"reward": torch.cat(reward), "seconds": time.monotonic() - began}
+
+
+@torch.no_grad()
+def score_responses(policy: GPT, reference: GPT, prompts: Tensor, response: Tensor) -> dict:
+    """Return log π_ref(y) and `token_kl` (P, K) of a policy's responses (P, K, L)."""
+    device = policy.wte.weight.device
+    part = prompts_at_a_time(policy, *response.shape[1:])
+    ref_logprob = []
+    kl_ref = []
+    for x, y in zip(prompts.split(part), response.split(part)):
+        x = x.to(device)
+        y = y.to(device)
+        ref_logprob.append(reference.logprob(x, y).cpu())
+        kl_ref.append(token_kl(policy, reference, x, y).cpu())
+    return {"ref_logprob": torch.cat(ref_logprob), "token_kl": torch.cat(kl_ref)}

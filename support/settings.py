@@ -14,8 +14,10 @@ def setting(default: int | float, help: str, least: int | float = 1) -> dataclas
 
 def all_fields(settings) -> list[dataclasses.Field]:
     """Return the fields of all stages."""
-    stages = [getattr(settings, stage.name) for stage in dataclasses.fields(settings)]
-    return [field for stage in stages for field in dataclasses.fields(stage)]
+    found = []
+    for stage in dataclasses.fields(settings):
+        found += dataclasses.fields(getattr(settings, stage.name))
+    return found
 
 
 def flat(settings) -> dict[str, int | float]:
@@ -91,16 +93,17 @@ def choose_settings(s, args: argparse.Namespace, n: int, inputs: Inputs):
     # last, the command line
     s = change(s, **given)
     _check(s, given, n, inputs)
+    if s.samples.m < n:
+        print(f"note: {s.samples.m} reference samples are few for n = {n}; raise --m")
     return s
 
 
 def _check(s, given: dict, n: int, inputs: Inputs) -> None:
     """Raise UnusableInput for values that are out of range, or do not fit together."""
-    for field in all_fields(s):
-        least = field.metadata["least"]
-        value = given.get(field.name, least)
-        if not least <= value < math.inf:
-            raise UnusableInput(f"{flag(field.name)} {value}: want at least {least}")
+    limits = {field.name: field.metadata["least"] for field in all_fields(s)} | {"n": 1}
+    for name, value in (given | {"n": n}).items():
+        if not limits[name] <= value < math.inf:
+            raise UnusableInput(f"{flag(name)} {value}: want at least {limits[name]}")
     fixed = ["reviews"] if inputs.reviews is not None else []
     if inputs.pretrained is not None:
         fixed += ["vocab", "layers", "heads", "width"]

@@ -55,22 +55,6 @@ def share_of_sets(count: Tensor, n: int, m: int) -> Tensor:
     return torch.where(count >= n, (log_count - log_all).exp(), 0.0)
 
 
-def wins_of_target(n: int, m: int) -> float:
-    """Return the win rate of the estimated target (7) itself, for a continuous reward.
-
-    Where F = u, the rank of a response among the M rewards has a binomial distribution. In the
-    mean over prompts, the policy learns from E log F̂, so it arrives at exp((N-1) · E log F̂(u)).
-    """
-    u = (torch.arange(1000).double() + 0.5)[:, None] / 1000             # (1000, 1)
-    rank = torch.arange(m + 1).double()                                 # (M + 1,)
-    m = torch.tensor(m).double()
-    log_choose = torch.lgamma(m + 1) - torch.lgamma(rank + 1) - torch.lgamma(m - rank + 1)
-    log_chance = log_choose + torch.xlogy(rank, u) + torch.xlogy(m - rank, 1 - u)
-    log_cdf = log_chance.exp() @ ((rank + 1) / (m + 1)).log()           # (1000,)
-    weight = ((n - 1) * log_cdf).softmax(0)
-    return (weight @ u[:, 0]).item()
-
-
 def share_of_ties(rewards: Tensor) -> float:  # (P, M)
     """Return the share of pairs of responses to the same prompt that have the same reward."""
     _, equal = count_less_and_equal(rewards, rewards)

@@ -11,7 +11,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
 from support.files import UnusableInput, read_json, read_text
-from support.huggingface import PRETRAINED
+from support.huggingface import PRETRAINED, check_values
 
 END = "<|endoftext|>"
 # Words with their leading space, numbers, punctuation, white space. Every character belongs to one
@@ -43,8 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
         best = max(pairs, key=pairs.get, default=None)
         if not pairs[best]:
             break
-        # another pair may have made the same token before
-        ranks.setdefault(best[0] + best[1], len(ranks))
+        ranks[best[0] + best[1]] = len(ranks)
         for i in where.pop(best):
             parts, count = words[i]
             for pair in zip(parts, parts[1:]):
@@ -101,124 +100,108 @@ def decode(encoding: tiktoken.Encoding, ids: list[int]) -> str:
 
 # --------------------------------------------------------------- tokenizers in Hugging Face folders
 
+# GPT-2's files write a printable byte as itself, and the others as U+0100 and following
+OTHERS = iter(range(256, 512))
+LETTERS = [chr(b) if chr(b).isprintable() and b != 32 else chr(next(OTHERS)) for b in range(256)]
+# how tokenizer.json splits a text into words; ByteLevel has GPT-2's pattern built in
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+SPLIT = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
+WORDS = {
+    "gpt2": BYTE_LEVEL | {"use_regex": True},
+    "vbon": {"type": "Sequence", "pretokenizers": [SPLIT, BYTE_LEVEL | {"use_regex": False}]},
+}
+TEMPLATE = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
+# what we read: the parts of a tokenizer.json, and the settings of a tokenizer_config.json
+KNOWN = {
+    "added_tokens": [{END}],
+    "model": [{"type": "BPE"}, {}],
+    "padding": [{}, {"strategy": "BatchLongest"}],
+    "post_processor": [{}, {"type": "ByteLevel"}, TEMPLATE],
+    "pre_tokenizer": [*WORDS.values(), BYTE_LEVEL],
+    **dict.fromkeys(["bos_token", "eos_token", "unk_token", "pad_token"], [None, END]),
+    **dict.fromkeys(["normalizer", "add_prefix_space", "add_bos_token", "add_eos_token",
+                     "do_lower_case", "extra_special_tokens", "additional_special_tokens"], [None]),
+}
+# fields of these parts that change no ids
+NEUTRAL = ("vocab", "merges", "direction", "pad_id", "pad_type_id", "pad_token", "pair",
+           "add_prefix_space", "trim_offsets", "use_regex")
+
+
 def pretrained_encoding(source: str | Path) -> tiktoken.Encoding:
     """Return GPT-2's tokenizer, downloaded by tiktoken, or that of a Hugging Face folder.
 
-    A folder has vocab.json and merges.txt, with GPT-2's pattern, or tokenizer.json, with GPT-2's
-    pattern or ours. Raises UnusableInput, which says what is wrong.
+    A folder has tokenizer.json, or vocab.json and merges.txt. Raises UnusableInput unless this
+    encoder gives the ids that other libraries give.
     """
     if str(source) in PRETRAINED:
         return tiktoken.get_encoding("gpt2")
-    folder = Path(source)
-    _check_tokenizer_config(folder / "tokenizer_config.json")
+    path = Path(source, "tokenizer.json")
     # where both are, other libraries read tokenizer.json
-    if (folder / "tokenizer.json").exists():
-        return _read_tokenizer(folder / "tokenizer.json")
-    vocabulary = read_json(folder / "vocab.json")
-    lines = read_text(folder / "merges.txt").split("\n")
-    if lines[0].startswith("#version"):
-        lines = lines[1:]
-    merges = [line.split() for line in lines if line.strip()]
-    return make_encoding(_read_ranks(folder / "vocab.json", vocabulary, merges), "gpt2")
-
-
-def _read_tokenizer(path: Path) -> tiktoken.Encoding:
-    """Return the encoder of a tokenizer.json: byte-level BPE only, merges as strings or pairs."""
-    try:
+    if path.exists():
         content = read_json(path)
-        model = content["model"]
-        if model["type"] != "BPE":
-            raise UnusableInput(f"{path}: want byte-level BPE, got {model['type']}")
-        _check_plain(path, content)
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        vocabulary = dict(model["vocab"])
-        for token in content["added_tokens"]:
-            vocabulary[token["content"]] = token["id"]
-        name = _name_of_pattern(content["pre_tokenizer"])
-    except (KeyError, TypeError, AttributeError) as error:
+    else:
+        path = Path(source, "vocab.json")
+        # after a line with the version; the last line is empty
+        merges = read_text(Path(source, "merges.txt")).split("\n")[1:-1]
+        content = {"model": {"vocab": read_json(path), "merges": merges},
+                   "added_tokens": [{"content": END}], "pre_tokenizer": WORDS["gpt2"]}
+    settings = Path(source, "tokenizer_config.json")
+    if settings.exists():
+        content = read_json(settings) | content
+    try:
+        return _read_encoding(path, content)
+    except (AttributeError, KeyError, TypeError) as error:
         raise UnusableInput(f"{path}: not as expected: {type(error).__name__} {error}") from None
-    if name is None:
-        raise UnusableInput(f"{path}: pre_tokenizer: an unknown pattern of words")
-    return make_encoding(_read_ranks(path, vocabulary, merges), name)
 
 
-def _name_of_pattern(words: dict) -> str | None:
-    """Return the name of the pattern that a pre_tokenizer splits by, or None for an unknown one."""
-    if words["type"] == "ByteLevel":
-        return "gpt2" if words.get("use_regex", True) and not words["add_prefix_space"] else None
-    parts = words["pretokenizers"]
-    if [part["type"] for part in parts] != ["Split", "ByteLevel"]:
-        return None
-    split, byte_level = parts
-    if split["behavior"] != "Isolated" or split["invert"]:
-        return None
-    if byte_level.get("use_regex", True) or byte_level["add_prefix_space"]:
-        return None
-    for name, pattern in PATTERNS.items():
-        if split["pattern"].get("Regex") == pattern:
-            return name
-    return None
+def _read_encoding(path: Path, content: dict) -> tiktoken.Encoding:
+    """Return the encoder of a tokenizer.json and its settings, or raise UnusableInput."""
+    found = {name: content.get(name) or None for name in KNOWN}
+    added = [*content["added_tokens"], *content.get("added_tokens_decoder", {}).values()]
+    found["added_tokens"] = {token["content"] for token in added}
+    for name in ("model", "padding", "post_processor"):
+        fields = (found[name] or {}).items()
+        found[name] = {key: value for key, value in fields if value and key not in NEUTRAL}
+    check_values(path.parent, found, KNOWN)
+
+    vocabulary = content["model"]["vocab"]
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    ids = {token: i for i, token in enumerate(tokens)}
+    are_bytes = set(tokens[:256]) == set("".join(tokens[:-1])) == set(LETTERS)
+    if not are_bytes or tokens[-1] != END or vocabulary != ids:
+        raise UnusableInput(f"{path}: want the ids 0 to 255 for the 256 bytes, the last one for "
+                            f"{END}, and none left out")
+    del ids[END]
+    wanted = _find_merges(path, ids)
+    merges = [tuple(x.split(" ") if isinstance(x, str) else x) for x in content["model"]["merges"]]
+    # a pair that makes a token, but is not its merge, never occurs
+    known = set(wanted)
+    if [x for x in merges if x in known or "".join(x) not in ids] != wanted:
+        raise UnusableInput(f"{path}: want a merge for each token, in the order of the ids")
+    ranks = {bytes(map(LETTERS.index, token)): i for token, i in ids.items()}
+    return make_encoding(ranks, "vbon" if found["pre_tokenizer"] == WORDS["vbon"] else "gpt2")
 
 
-def _check_plain(path: Path, content: dict) -> None:
-    """Raise UnusableInput for anything in a tokenizer.json that changes ids, and that we lack."""
-    model = content["model"]
-    for name in ("normalizer", "truncation", "padding"):
-        if content.get(name) is not None:
-            raise UnusableInput(f"{path}: {name}: want none, got {str(content[name])[:60]}")
-    after = content.get("post_processor") or {"type": "ByteLevel"}
-    for part in after.get("processors", [after]):
-        is_plain = part["type"] == "TemplateProcessing" and part["special_tokens"] == {}
-        if part["type"] != "ByteLevel" and not is_plain:
-            raise UnusableInput(f"{path}: post_processor: {part['type']} adds tokens")
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
-                 "ignore_merges"):
-        if model.get(name):
-            raise UnusableInput(f"{path}: model: {name} = {model[name]!r} is not supported")
+def _find_merges(path: Path, ids: dict[str, int]) -> list[tuple[str, str]]:
+    """Return the merge of each token: the two parts that the tokens before it leave of its bytes.
 
-
-def _check_tokenizer_config(path: Path) -> None:
-    """Raise UnusableInput for settings of tokenizer_config.json that change ids in other ways."""
-    if not path.exists():
-        return
-    settings = read_json(path)
-    for name in ("add_prefix_space", "add_bos_token", "add_eos_token", "do_lower_case"):
-        if settings.get(name):
-            raise UnusableInput(f"{path}: {name} = {settings[name]!r} is not supported")
-
-
-def _read_ranks(path: Path, vocabulary: dict, merges: list) -> dict[bytes, int]:
-    """Return token bytes to id, after checking the order: bytes, merges, end-of-text."""
-    letters = _byte_letters()
-    byte_ids = [vocabulary.get(letter) for letter in letters]
-    if any(i not in byte_ids for i in range(256)):
-        raise UnusableInput(f"{path}: want the ids 0 to 255 for the 256 bytes")
-    if any(type(i) is not int for i in vocabulary.values()):
-        raise UnusableInput(f"{path}: want integers as ids")
-    following = 256
-    for pair in merges:
-        if len(pair) != 2 or not all(isinstance(token, str) for token in pair):
-            raise UnusableInput(f"{path}: merges: want two tokens, got {pair}")
-        token = pair[0] + pair[1]
-        if not set(token) <= letters.keys():
-            raise UnusableInput(f"{path}: {token!r} is no string of bytes")
-        # several merges in a row may produce the same token
-        if vocabulary.get(token) == following:
-            following += 1
-        elif vocabulary.get(token) != following - 1:
-            raise UnusableInput(f"{path}: want the id {following} for the token {token!r}, as in "
-                                f"the merges, got {vocabulary.get(token)}")
-    if vocabulary.get(END) != following:
-        raise UnusableInput(f"{path}: want {END} as the last token, with the id {following}, got "
-                            f"{vocabulary.get(END)}")
-    if len(vocabulary) != following + 1:
-        raise UnusableInput(f"{path}: {len(vocabulary)} tokens, but the merges make "
-                            f"{following + 1}")
-    ranks = {}
-    for token, rank in vocabulary.items():
-        if token != END:
-            ranks[bytes(letters[letter] for letter in token)] = rank
-    return ranks
+    For example, ab and bc before abc: a b c -> ab c. Hugging Face merges listed pairs only,
+    tiktoken any two neighbours that make a token. If each token has a merge, no other pair occurs,
+    and both give the same ids. Raises UnusableInput if a token has none.
+    """
+    merges = []
+    for token, i in ids.items():
+        parts = list(token)
+        while len(parts) > 2:
+            ranks = [ids.get(a + b, i) for a, b in zip(parts, parts[1:])]
+            first = min(ranks)
+            if first >= i:
+                raise UnusableInput(f"{path}: no two tokens before {token!r} make it")
+            at = ranks.index(first)
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            merges.append(tuple(parts))
+    return merges
 
 
 def save_tokenizer(encoding: tiktoken.Encoding, folder: str | Path, max_length: int | None = None
@@ -226,67 +209,36 @@ def save_tokenizer(encoding: tiktoken.Encoding, folder: str | Path, max_length: 
     """Write tokenizer.json, as transformers reads it; for GPT-2's pattern also its two old files.
 
     max_length is the largest number of tokens of the model.
-
-    tiktoken merges any two adjacent tokens whose joint bytes are a token. Hugging Face merges only
-    listed pairs. So we list all splits of each token into two tokens, in the order of its id.
     """
-    letter_of = {byte: letter for letter, byte in _byte_letters().items()}
     vocabulary = {}
-    for token in sorted(encoding.token_byte_values(), key=encoding.encode_single_token):
-        text = "".join(letter_of[byte] for byte in token)
-        vocabulary[text] = encoding.encode_single_token(token)
-    merges = []
-    for text in vocabulary:
-        for cut in range(1, len(text)):
-            if text[:cut] in vocabulary and text[cut:] in vocabulary:
-                merges.append([text[:cut], text[cut:]])
+    for i in range(encoding.eot_token):
+        token = encoding.decode_single_token_bytes(i)
+        vocabulary["".join(LETTERS[byte] for byte in token)] = i
+    merges = _find_merges(Path(folder), vocabulary)
     vocabulary[END] = encoding.eot_token
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                  "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": PATTERNS[encoding.name]},
-             "behavior": "Isolated", "invert": False}
+    end = {"id": encoding.eot_token, "content": END, "special": True, "normalized": False,
+           "single_word": False, "lstrip": False, "rstrip": False}
     content = {
         "version": "1.0",
-        "added_tokens": [{"id": encoding.eot_token, "content": END, "single_word": False,
-                          "lstrip": False, "rstrip": False, "normalized": False,
-                          "special": True}],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "decoder": byte_level,
+        "added_tokens": [end],
+        "pre_tokenizer": WORDS[encoding.name],
+        "decoder": BYTE_LEVEL,
         "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
     }
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END, "eos_token": END, "unk_token": END, "pad_token": END,
+        "model_max_length": max_length,
         # prompts of a batch end together, so that responses begin together
         "padding_side": "left",
         # GPT-2 has no token types; if transformers 4 returned some, it would add their embeddings
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
-    if max_length is not None:
-        settings["model_max_length"] = max_length
     files = {"tokenizer.json": json.dumps(content), "tokenizer_config.json": json.dumps(settings)}
     if encoding.name == "gpt2":
-        # these files hold one merge for each token
-        one = {left + right: f"{left} {right}" for left, right in reversed(merges)}
-        lines = [one[token] for token in vocabulary if token in one]
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
         files["vocab.json"] = json.dumps(vocabulary)
-        files["merges.txt"] = "\n".join(["#version: 0.2", *lines]) + "\n"
+        files["merges.txt"] = "\n".join(lines) + "\n"
     for name, text in files.items():
         Path(folder, name).write_text(text, encoding="utf-8")
-
-
-def _byte_letters() -> dict[str, int]:
-    """Return the characters that GPT-2's files use for the 256 bytes, and the byte of each.
-
-    Printable bytes stand for themselves, the others are written as U+0100 and following.
-    """
-    letters = {}
-    others = 0
-    for byte in range(256):
-        if chr(byte).isprintable() and chr(byte) != " ":
-            letters[chr(byte)] = byte
-        else:
-            letters[chr(256 + others)] = byte
-            others += 1
-    return letters

@@ -33,11 +33,12 @@ def run(*args, cwd):
     return status, out.getvalue(), error.getvalue()
 
 
+def read_lines(path):
+    """The objects in a file with one JSON object a line, without `seconds`, the only timing."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{key: x for key, x in row.items() if key != "seconds"} for row in rows]
+
+
 def read_rows(out):
-    """The lines of results.jsonl, without `seconds`, the only timing."""
-    rows = []
-    for line in Path(out, "results.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        del row["seconds"]
-        rows.append(row)
-    return rows
+    """The lines of results.jsonl."""
+    return read_lines(Path(out, "results.jsonl"))

@@ -1,15 +1,15 @@
-"""The house: which file may import which, and the numbers of the equations."""
+"""The house: which file may import which, how long files may be, the numbers of the equations."""
 import ast
+import re
 import sys
 
-import pytest
 from running import HERE
 
-import vbon
-
-OURS = {"vbon", "model", "reward", "train", "support", "experiments"}
 PACKAGES = {"torch", "tiktoken", "tiktoken_ext", "numpy", "matplotlib"}
 SUPPORT = sorted(path.stem for path in (HERE / "support").glob("*.py"))
+# virtual environments and the like are not ours
+FOLDERS = ("", "support", "experiments", "experiments/rewards", "tests")
+FILES = [path for folder in FOLDERS for path in sorted((HERE / folder).glob("*.py"))]
 
 
 def imports(path, at_import_only=False):
@@ -33,18 +33,18 @@ def rooms(names):
     return {name.split(".")[0] for name in names}
 
 
-def test_the_top_files_import_only_what_is_below_them():
+def test_imports_go_down_only():
     assert imports(HERE / "vbon.py") == {"torch"}
-    assert rooms(imports(HERE / "model.py", at_import_only=True)) == {"torch"}
+    assert rooms(imports(HERE / "model.py")) == {"torch"}
     assert rooms(imports(HERE / "reward.py")) == {"torch", "model"}
     assert rooms(imports(HERE / "train.py")) == {"torch", "vbon", "model", "reward", "support"}
-
-
-@pytest.mark.parametrize("name", SUPPORT)
-def test_nothing_in_support_imports_what_is_above_it(name):
-    found = rooms(imports(HERE / "support" / f"{name}.py"))
-    assert found <= {"vbon", "model", "reward", "support"} | PACKAGES
-    assert "matplotlib" not in rooms(imports(HERE / "support" / f"{name}.py", True))
+    for name in SUPPORT:
+        path = HERE / "support" / f"{name}.py"
+        assert rooms(imports(path)) <= {"vbon", "model", "reward", "support"} | PACKAGES, name
+        assert "matplotlib" not in rooms(imports(path, at_import_only=True)), name
+    for path in FILES:
+        if "train" in imports(path):
+            assert path.parent.name in ("experiments", "tests") or path.name == "test_vbon.py", path
 
 
 def test_there_is_no_circle_in_support():
@@ -56,33 +56,50 @@ def test_there_is_no_circle_in_support():
             del needs[name]
 
 
-def test_only_experiments_and_tests_import_train():
-    for path in HERE.rglob("*.py"):
-        inside = path.relative_to(HERE).parts[0]
-        if inside.startswith("."):                      # such as a virtual environment
-            continue
-        if "train" in imports(path):
-            assert inside in ("experiments", "tests", "test_vbon.py"), path
-
-
-def test_experiments_use_few_names_of_train():
+def test_few_names_pass_between_the_rooms():
     """A library in disguise is what train.py must not become."""
     used = set()
     for path in (HERE / "experiments").glob("*.py"):
-        if path.name.startswith("test_"):
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                if node.value.id == "train":
-                    used.add(node.attr)
-            elif isinstance(node, ast.ImportFrom) and node.module == "train":
-                used |= {name.name for name in node.names}
+        if not path.name.startswith("test_"):
+            source = path.read_text(encoding="utf-8")
+            used |= set(re.findall(r"\btrain\.(\w+)", source)) - {"py"}
+            for names in re.findall(r"^from train import (.+)$", source, re.MULTILINE):
+                used |= set(names.split(", "))
     assert len(used) <= 15, sorted(used)
+    taken = []
+    for node in ast.parse((HERE / "train.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("support"):
+            taken += [name.name for name in node.names]
+    assert len(taken) <= 20, sorted(taken)
 
 
-def test_equations_are_numbered_from_1_to_7():
-    """A citation such as (7) in vbon.py means one of those at its top."""
-    top = vbon.__doc__
-    for number in range(1, 8):
-        assert f"    ({number})  " in top
-    assert "(8)" not in (HERE / "vbon.py").read_text(encoding="utf-8")
+def lines(pattern):
+    """The number of lines of the files with this name, and of no others."""
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in HERE.glob(pattern))
+
+
+def test_files_stay_short_enough_to_be_read():
+    assert lines("vbon.py") <= 350
+    assert lines("model.py") <= 350
+    assert lines("train.py") <= 400
+    assert lines("reward.py") <= 75
+    assert lines("support/*.py") <= 1900
+    assert len(SUPPORT) <= 16
+    tests = lines("experiments/test_*.py")
+    assert lines("experiments/*.py") + lines("experiments/rewards/*.py") - tests <= 2400
+    assert lines("test_vbon.py") + lines("tests/*.py") + tests <= 4000
+
+
+def test_no_line_has_more_than_100_columns():
+    too_long = []
+    for path in FILES:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if len(line) > 100:
+                too_long.append(f"{path}:{number}")
+    assert not too_long
+
+
+def test_equations_are_numbered_once():
+    """Each stands at the top of vbon.py, once. A citation such as (7) means one of those."""
+    source = (HERE / "vbon.py").read_text(encoding="utf-8")
+    assert re.findall(r"^    \((\d)\)  ", source, re.MULTILINE) == list("1234567")

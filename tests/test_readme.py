@@ -1,44 +1,30 @@
-"""The README: its programs run, and it stays short enough to be read to its end."""
+"""The README: its program runs, and it stays short enough to be read to its end."""
 import re
 
-import pytest
 import torch
 from running import HERE
 
 import vbon
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
-PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_readme_stays_short():
-    assert len(README.splitlines()) <= 200
     assert len(README.split()) <= 2400
-    assert max(len(line) for line in README.splitlines()) <= 140
 
 
-def test_the_programs_of_ones_own_run_and_come_near_best_of_4(finished_run, monkeypatch, capsys):
+def test_the_program_of_ones_own_comes_near_best_of_4(finished_run, monkeypatch):
     """With a reward that the barely trained model of a quick run can earn."""
-    first, second = [text for text in PROGRAMS if "vbon." in text]
-    short = "-(response != policy.eot).sum(-1)"
-    assert short in second
+    program, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    for old, new in (('"--n", "4"', '"--quick", "--n", "2", "--out", "out"'),
+                     ("-(response != policy.eot).sum(-1)", "(response % 7).double().mean(-1)")):
+        assert old in program
+        program = program.replace(old, new)
     monkeypatch.chdir(finished_run)
-    names = {}
-    exec(first.replace('"--n", "4"', '"--quick", "--n", "2", "--out", "out"'), names)
-    printed = capsys.readouterr().out
-    assert printed.count("tensor(") == 3                # F, log π_bon, log π_θ
     torch.manual_seed(0)
-    exec(second.replace(short, "(response % 7).double().mean(-1)"), names)
-    reward_fn = names["reward_fn"]
-    ref_rewards = reward_fn(names["x"], names["ref_response"])
+    names = {}
+    exec(program, names)
+    ref_rewards = names["reward_fn"](names["x"], names["ref_response"])
     response, _ = names["policy"].sample(names["x"], 200, 24)
-    wins = vbon.win_rate(reward_fn(names["x"], response), ref_rewards).mean().item()
+    wins = vbon.win_rate(names["reward_fn"](names["x"], response), ref_rewards).mean().item()
     assert 0.65 < wins < 0.9                            # best of 4: .8
-
-
-def test_transformers_samples_from_the_policy(finished_run, monkeypatch, capsys):
-    pytest.importorskip("transformers", reason="needs the transformers library")
-    program, = [text for text in PROGRAMS if "AutoTokenizer" in text]
-    monkeypatch.chdir(finished_run)
-    exec(program.replace("policy-n4", "policy-n2"), {})
-    assert capsys.readouterr().out.startswith("i watched this film")

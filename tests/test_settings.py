@@ -1,84 +1,127 @@
-"""The sizes of everything: the defaults, and what text, model, N and flags make of them."""
+"""Flags and settings: wrong usage, help, what text, model, N and --quick make of the sizes."""
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from running import HERE, run
 
 import train
-from model import GPT, prompts_at_a_time
+from model import GPT
 from support.files import UnusableInput
+from support.huggingface import save_model
 from support.inputs import Inputs, Pretrained
 from support.options import make_parser
-from support.settings import check_settings, choose_settings
+from support.settings import all_fields, change, choose_settings, flag, flat
+from support.tokenizer import save_tokenizer, train_tokenizer
 
 DEFAULTS = train.Settings()
 
 
+@pytest.fixture(scope="module")
+def odd_files(tmp_path_factory):
+    """What the wrong command lines below speak of: models of 257 tokens, but one has 50."""
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "file").write_text("", encoding="utf-8")
+    for name, tokens, size in (("small", 257, 1), ("other-size", 50, 1), ("infinite", 257, 1e38)):
+        model = GPT(tokens, 12, n_embd=16, n_head=2)
+        model.wte.weight.data.fill_(size)
+        save_model(model, folder / name)
+        save_tokenizer(train_tokenizer([], 257), folder / name, 12)
+    return folder
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--n", "0"], "--n 0: want at least 1"),
+    (["--n", "65"], "--n 65: want at most 64, the number of samples that best-of-N is evaluated"),
+    (["--n", "2.5"], "argument --n: invalid int value: '2.5'"),
+    (["--lr-scale", "nan"], "--lr-scale nan: want at least 0"),
+    (["--lm-lr", "inf"], "--lm-lr inf: want at least 0"),
+    (["--step", "3"], "unrecognized arguments: --step 3"),
+    (["--width", "33"], "--width 33: want a multiple of --heads 2"),
+    (["--device", "abacus"], "--device abacus: want cpu, cuda or mps"),
+    (["--device", "cpu:x"], "--device cpu:x: Invalid device string"),
+    (["--out", "file"], "--out file/cache: Not a directory"),
+    (["--out", "/proc/nowhere"], "--out /proc/nowhere"),
+    (["--data", "nowhere"], "--data nowhere: want a folder with"),
+    (["--reward", "nowhere.py"], "nowhere.py: No such file or directory"),
+    (["--prompt-tokens", "90"], "different prompts of 90 tokens, got 0; a shorter text has none"),
+    (["--init", "nowhere"], "--init nowhere: no such folder, and none of gpt2, "),
+    (["--init", "other-size"], "the model has 50 tokens, its vocabulary 257"),
+    (["--init", "infinite"], "the logits of this model are not finite"),
+    (["--init", "small", "--length", "9"], "has room for 8 tokens behind a prompt, want 9"),
+    (["--init", "small", "--prompt-tokens", "12"], "has room for 0 tokens behind a prompt, want 1"),
+    (["--init", "small", "--width", "16"], "--width: it is given by --data or --init"),
+    (["--init", "small", "--out", "."], "--init small: this run may overwrite it"),
+    (["--data", " "], "--data is empty"),
+    (["--sample", "i"], "--sample: out holds no finished run with --n 4 --seed 0 (policies there: "
+     "none); train.py without --sample makes one"),
+])
+def test_wrong_usage_is_status_2_and_one_line(args, message, odd_files):
+    status, printed, error = run("--quick", *args, cwd=odd_files)
+    assert (status, printed) == (2, "")
+    assert error.startswith("train.py: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_help_fits_100_columns_and_needs_no_matplotlib():
+    program = ("import sys; sys.modules['matplotlib'] = None; sys.argv = ['train.py', '--help']; "
+               "import runpy; runpy.run_path('train.py', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, text=True, check=True,
+                          capture_output=True, env=os.environ | {"COLUMNS": "100"})
+    lines = done.stdout.splitlines()
+    assert max(len(line) for line in lines) <= 100
+    assert len([line for line in lines if line.startswith("  --")]) == 9 + len(all_fields(DEFAULTS))
+
+# ----------------------------------------------------------------------------------------- settings
+
 def choose(n=4, reviews=None, pretrained=None, flags=()):
     """The settings for flags and inputs."""
-    args = make_parser("").parse_args([str(flag) for flag in flags])
-    inputs = Inputs(torch.device("cpu"), reviews, None, pretrained)
-    return choose_settings(DEFAULTS, args, n, inputs)
+    args = make_parser("", DEFAULTS).parse_args([str(flag) for flag in flags])
+    assert args.out == ("out-quick" if args.quick else "out")
+    return choose_settings(DEFAULTS, args, n, Inputs(torch.device("cpu"), reviews, None, pretrained))
 
 
-def test_the_main_job_has_the_sizes_that_the_readme_states():
-    assert DEFAULTS.flat() == {
-        "reviews": 12_000, "vocab": 768, "prompt_tokens": 4, "length": 24, "layers": 2, "heads": 2,
-        "width": 64, "lm_steps": 1000, "lm_batch": 64, "lm_lr": 6e-3, "epochs": 4, "prompts": 512,
-        "m": 64, "held_prompts": 64, "m_eval": 512, "steps": 90, "batch": 64, "k": 8, "rank": 4,
-        "lr_scale": 0.54, "k_eval": 64, "processes": 1}
-    assert choose() == DEFAULTS
+@pytest.mark.parametrize("field", all_fields(DEFAULTS), ids=lambda field: field.name)
+def test_each_setting_is_a_flag_that_takes_its_least_value_and_no_smaller_one(field):
+    least = field.metadata["least"]
+    found = choose(1, flags=["--heads", 1, flag(field.name), least])
+    assert flat(found) == flat(DEFAULTS) | {"heads": 1, field.name: least}
+    with pytest.raises(UnusableInput, match=f"{flag(field.name)} .*: want at least {least}$"):
+        choose(1, flags=[flag(field.name), least - 1])
 
 
-def test_a_setting_of_several_stages_changes_in_all_of_them():
-    changed = DEFAULTS.change(length=7)
-    for stage in (changed.text, changed.samples, changed.tuning, changed.evaluation):
-        assert stage.length == 7
-    assert changed.change(length=24) == DEFAULTS
-    with pytest.raises(TypeError, match="no such settings: lenght"):
-        DEFAULTS.change(lenght=7)
+QUICK = dict(lm_steps=10, epochs=1, prompts=8, m=16, held_prompts=8, m_eval=64, steps=3, batch=4,
+             k=4, k_eval=8)
+DATA = dict(lm_lr=3e-3, epochs=6, m=128, steps=600, length=0)
+INIT = dict(vocab=50, layers=3, heads=2, width=16, lm_lr=5e-5, prompts=256, m=64, held_prompts=32,
+            steps=250)
+TEXTS = [("a text", 0)] * 10_000
+SMALL = Pretrained(GPT(50, 12, n_layer=3, n_head=2, n_embd=16), None)
 
 
-def test_settings_follow_text_model_n_and_flags():
-    data = [("a text", 0)] * 10_000
-    assert choose(8, data) == DEFAULTS.change(
-        reviews=10_000, vocab=2048, lm_steps=2000, lm_lr=3e-3, epochs=6, m=128, steps=600,
-        length=0)
-    s = choose(9, data[:1200])
-    assert (s.text.vocab, s.reference.lm_steps, s.tuning.steps) == (512, 400, 1800)
-    s = choose(9, data[:4003])
-    assert (s.text.vocab, s.reference.lm_steps) == (1000, 1334)
-    assert type(s.text.vocab) is type(s.reference.lm_steps) is int
-    # a given model says how large it is, and what room it has
-    given = Pretrained(GPT(50, 12, n_layer=3, n_head=2, n_embd=16), None)
-    assert choose(4, data[:6049], given) == DEFAULTS.change(
-        reviews=6049, vocab=50, layers=3, heads=2, width=16, lm_steps=120, lm_lr=5e-5, epochs=6,
-        prompts=256, held_prompts=32, steps=250, length=0)
-    # without own text, the length is as much as has room
-    assert choose(4, None, given).text.length == 8
-    # everything tiny
-    assert choose(flags=["--quick"]) == DEFAULTS.change(
-        reviews=600, vocab=400, width=32, lm_steps=10, epochs=1, prompts=8, m=16, held_prompts=8,
-        m_eval=64, steps=3, batch=4, k=4, k_eval=8)
-    # what the command line says goes before everything
-    s = choose(9, data, flags=["--steps", 7, "--m", 5, "--lm-steps", 3, "--length", 9,
-                               "--prompt-tokens", 2, "--quick"])
-    assert (s.tuning.steps, s.samples.m, s.reference.lm_steps, s.text.length,
-            s.text.prompt_tokens) == (7, 5, 3, 9, 2)
+@pytest.mark.parametrize("given, changed", [
+    (dict(n=8), {}),
+    (dict(n=9), dict(steps=270)),                       # above 8, three times the updates
+    (dict(reviews=TEXTS), DATA | dict(reviews=10_000, vocab=2048, lm_steps=2000)),
+    (dict(n=9, reviews=TEXTS[:1200]),
+     DATA | dict(reviews=1200, vocab=512, lm_steps=400, steps=1800)),
+    (dict(reviews=TEXTS[:4003]), DATA | dict(reviews=4003, vocab=1000, lm_steps=1334)),
+    (dict(pretrained=SMALL), INIT | dict(lm_steps=150, length=8)),      # as much as has room
+    (dict(reviews=TEXTS[:6049], pretrained=SMALL),
+     DATA | INIT | dict(reviews=6049, lm_steps=120)),
+    (dict(flags=["--quick"]), QUICK | dict(reviews=600, vocab=400, width=32)),
+    # what the command line gives goes before everything
+    (dict(n=9, reviews=TEXTS, flags=["--quick", "--steps", 7, "--m", 9, "--length", 9]),
+     DATA | QUICK | dict(reviews=10_000, vocab=400, width=32, steps=7, m=9, length=9)),
+])
+def test_text_model_n_and_flags_change_these_settings_and_no_others(given, changed, capsys):
+    assert choose(**given) == change(DEFAULTS, **changed)
+    assert capsys.readouterr().out == ""
 
 
-def test_above_8_training_takes_three_times_the_updates():
-    assert choose(8).tuning.steps == 90
-    assert choose(9).tuning.steps == 270
-
-
-def test_a_large_vocabulary_is_scored_a_few_prompts_at_a_time():
-    """The logits of 3 prompts of GPT-2 are 2^25 numbers."""
-    large = GPT(50257, 12, n_layer=1, n_head=1, n_embd=1)
-    assert prompts_at_a_time(large, 8, 24) == 3
-    assert prompts_at_a_time(large, 1000, 24) == 1
-
-
-def test_n_may_be_as_large_as_the_samples_of_the_evaluation():
-    args = make_parser("").parse_args(["--quick"])
-    check_settings(choose(64, flags=["--quick"]), args, 64)
-    with pytest.raises(UnusableInput, match="--n 65"):
-        check_settings(choose(65, flags=["--quick"]), args, 65)
+def test_fewer_reference_samples_than_n_are_noted(capsys):
+    choose(9, flags=["--m", 8])
+    assert capsys.readouterr().out == "note: 8 reference samples are few for n = 9; raise --m\n"

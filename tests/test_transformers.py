@@ -4,47 +4,75 @@ import random
 import pytest
 import torch
 from running import run
+from test_tokenizer import CASES, ODD, TEXTS, write_foreign
 
 from model import GPT, response_mask
-from support.huggingface import load_model, save_model
 from support import results
-from support.tokenizer import pretrained_encoding, train_tokenizer
+from support.huggingface import load_model
+from support.tokenizer import (make_encoding, pretrained_encoding, save_tokenizer,
+                               train_tokenizer)
 
 transformers = pytest.importorskip("transformers", reason="needs the transformers library")
 
-ODD = ["", " ", "a film", "naïve café", "日本語の映画", "🎬🍿", "tabs\t\n\n  and\r\n",
-       "'s don't 12_3__ !?", "\x00\u2028é", "x" * 50, "  two  spaces ", "a\u00a0b", "ǅ ʰ ² ½ Ⅷ",
-       "मराठी ไทย", "e\u0301", "_", "'S 'T", "1٢3", "\u200d\u200b"]
 LETTERS = [chr(i) for i in [*range(32, 127), 9, 10, 13, 0xa0, 0xe9, 0x2019, 0x20ac, 0x4e2d, 0x1f600,
                             0x661, 0x300, 0x2028]]
 PROMPT = "i watched this"
 
 
-def odd_strings(count):
+def load_both(folder):
+    """The tokenizer and the model of a folder, as transformers loads them."""
+    return (transformers.AutoTokenizer.from_pretrained(folder),
+            transformers.AutoModelForCausalLM.from_pretrained(folder).eval())
+
+
+def assert_same_ids(folder, texts):
+    """For a folder of a tokenizer: transformers and we read it as the same."""
+    ours = pretrained_encoding(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in texts:
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("name", ["vbon", "gpt2"])
+def test_transformers_reads_both_patterns(tmp_path, name):
+    trained = train_tokenizer(TEXTS, 400)
+    ranks = {trained.decode_single_token_bytes(i): i for i in range(399)}
+    save_tokenizer(make_encoding(ranks, name), tmp_path)
     rng = random.Random(0)
-    return ODD + ["".join(rng.choices(LETTERS, k=rng.randint(1, 40))) for _ in range(count)]
+    odd = ["".join(rng.choices(LETTERS, k=rng.randint(1, 40))) for _ in range(100)]
+    assert_same_ids(tmp_path, ODD + odd + TEXTS)
+    if name == "gpt2":
+        (tmp_path / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+        (tmp_path / "tokenizer.json").unlink()
+        (tmp_path / "tokenizer_config.json").unlink()
+        assert_same_ids(tmp_path, ODD + odd + TEXTS)
+
+
+@pytest.mark.parametrize("place, value", [case[:2] for case in CASES if case[2] == "right"])
+def test_transformers_reads_a_foreign_tokenizer_as_we_do(tmp_path, place, value):
+    write_foreign(tmp_path, place, value)
+    if place == "merges":
+        (tmp_path / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+        (tmp_path / "tokenizer_config.json").unlink()
+    assert_same_ids(tmp_path, ODD)
 
 
 @pytest.mark.parametrize("name", ["policy-n2-seed0", "reference-seed0"])
 def test_transformers_loads_what_a_run_leaves(name, finished_run):
     folder = finished_run / "out" / name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    encoding = pretrained_encoding(folder)
+    tokenizer, theirs = load_both(folder)
     ours = load_model(folder)
-    for text in odd_strings(100):
-        assert tokenizer.encode(text, add_special_tokens=False) == encoding.encode_ordinary(text)
+    assert_same_ids(folder, ODD)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, encoding.n_vocab, (8, 20), generator=generator)
+    tokens = torch.randint(0, ours.eot + 1, (8, 20), generator=generator)
     with torch.no_grad():
         wanted = ours(tokens)
         difference = theirs(tokens).logits - wanted
     assert difference.abs().max() <= 2e-5 * wanted.abs().max()
     assert theirs.config.tie_word_embeddings is False
-    assert theirs.config.eos_token_id == theirs.config.bos_token_id == encoding.eot_token
-    assert theirs.config.pad_token_id == encoding.eot_token
-    for token in (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id):
-        assert token == encoding.eot_token
+    for config in (theirs.config, tokenizer):
+        assert config.eos_token_id == config.bos_token_id == config.pad_token_id == ours.eot
+    assert tokenizer.unk_token_id == ours.eot
     assert tokenizer.model_max_length == theirs.config.n_positions == 28
 
 
@@ -64,34 +92,26 @@ def varied(tmp_path_factory):
         ours.lm_head.weight[-1, 0] = 3
     row = {name: 0 for name in results.KEYS} | {"prompt_tokens": 4, "length": 24}
     results.export_model(folder, ours, encoding, row)
-    return folder, ours
-
-
-def test_the_tokenizer_returns_what_generate_needs_and_nothing_else(varied):
-    """GPT-2 would add an embedding for each token type."""
-    folder, _ = varied
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert set(tokenizer(PROMPT, return_tensors="pt")) == {"input_ids", "attention_mask"}
+    return ours, *load_both(folder), folder
 
 
 @torch.no_grad()
 def test_a_plain_generate_samples_from_the_models_own_distribution(varied):
-    folder, ours = varied
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ours, tokenizer, model, _ = varied
     prompt = tokenizer([PROMPT] * 4000, return_tensors="pt")
+    # GPT-2 would add an embedding for each token type
+    assert set(prompt) == {"input_ids", "attention_mask"}
     torch.manual_seed(0)
     tokens = model.generate(**prompt)
     start = prompt["input_ids"].shape[1]
     assert tokens.shape[1] == 28                        # prompt and response have 28 positions
-    theirs = tokens[None, :, start:]
     g = torch.Generator().manual_seed(1)
     mine, _ = ours.sample(prompt["input_ids"][:1], 4000, 28 - start, g)
-    for one, two in zip(statistics(ours, prompt["input_ids"][:1], theirs),
-                        statistics(ours, prompt["input_ids"][:1], mine)):
+    both = [statistics(ours, prompt["input_ids"][:1], x) for x in (tokens[None, :, start:], mine)]
+    for one, two in zip(*both):
         error = ((one.var() + two.var()) / 4000).sqrt()
         assert abs(one.mean() - two.mean()) < 4 * error
-    assert statistics(ours, prompt["input_ids"][:1], mine)[1].std() > 3
+    assert both[1][1].std() > 3
 
 
 def statistics(model, prompt, response):
@@ -103,9 +123,7 @@ def statistics(model, prompt, response):
 
 @torch.no_grad()
 def test_prompts_of_several_lengths_are_padded_on_the_left(varied):
-    folder, _ = varied
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    _, tokenizer, model, _ = varied
     batch = tokenizer(["i", PROMPT], return_tensors="pt", padding=True)
     assert batch["attention_mask"][0, 0] == 0
     assert batch["attention_mask"][:, -1].tolist() == [1, 1]
@@ -118,20 +136,21 @@ def test_prompts_of_several_lengths_are_padded_on_the_left(varied):
 
 
 def test_the_pipeline_runs_for_twenty_prompts(varied):
-    folder, _ = varied
-    pipeline = transformers.pipeline("text-generation", model=str(folder))
-    prompts = [" ".join(["film"] * i) for i in range(1, 21)]
-    for prompt in prompts:
+    pipeline = transformers.pipeline("text-generation", model=str(varied[-1]))
+    for i in range(1, 21):
+        prompt = " ".join(["film"] * i)
         assert len(pipeline.tokenizer(prompt)["input_ids"]) < 28
-        text = pipeline(prompt)[0]["generated_text"]
-        assert text.startswith(prompt)
+        assert pipeline(prompt)[0]["generated_text"].startswith(prompt)
 
 
 def test_what_transformers_saves_is_a_model_to_start_from(finished_run, tmp_path):
     first = finished_run / "out" / "policy-n2-seed0"
     folder = tmp_path / "theirs"
-    save_model(transformers.AutoModelForCausalLM.from_pretrained(first), folder)
-    save_model(transformers.AutoTokenizer.from_pretrained(first), folder)
+    tokenizer, model = load_both(first)
+    tokenizer([PROMPT, "i"], padding=True)              # the file remembers that
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert_same_ids(folder, ODD)
     weights = load_model(folder).state_dict()
     for key, x in load_model(first).state_dict().items():
         assert torch.equal(weights[key], x), key

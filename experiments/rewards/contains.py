@@ -6,5 +6,5 @@ WORDS = ("superb", "worth every minute")
 
 
 def reward(prompts: list[str], responses: list[str]) -> list[bool]:
-    """One truth value for each response."""
+    """Return one truth value for each response."""
     return [any(word in response for word in WORDS) for response in responses]

@@ -22,7 +22,7 @@ LONGEST = min(tokenizer.model_max_length, model.config.max_position_embeddings)
 
 @torch.no_grad()
 def reward(prompts: list[str], responses: list[str]) -> list[float]:
-    """One logit for each pair; 64 texts at a time."""
+    """Return one logit for each pair; 64 texts at a time."""
     texts = [prompt + response for prompt, response in zip(prompts, responses)]
     logits = []
     for start in range(0, len(texts), 64):

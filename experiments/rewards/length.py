@@ -5,5 +5,5 @@
 
 
 def reward(prompts: list[str], responses: list[str]) -> list[int]:
-    """One number for each response."""
+    """Return one number for each response."""
     return [len(response.split()) for response in responses]
