@@ -13,14 +13,14 @@ import math
 import torch
 from torch import Tensor
 
+import vbon
 from experiments import theory
 from experiments.methods import take
 from model import GPT
-from support import code
+from support.sampling import seeded_generator
+from train import World, decoded_row
 
-code.read_source(__file__)
-
-# -------------------------------------------------------------------------------- soft best-of-n
+# ---------------------------------------------------- a distribution that is known, from candidates
 
 def soft_best_of_n(reward: Tensor, beta: float, generator: torch.Generator) -> Tensor:
     """Return the index of one of N responses, with probability ∝ exp(r / β). (P, N) -> (P,)"""
@@ -46,7 +46,6 @@ def soft_bon_logprob(ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n
     log_win = torch.nn.functional.logsigmoid(own - rivals)                  # (P, K, groups)
     return ref_logprob + math.log(n) + log_win.logsumexp(-1) - math.log(groups)
 
-# ------------------------------------------------------------------------- InferenceTimePessimism
 
 def pessimism_chance(values: Tensor, ref_values: Tensor, beta: float) -> Tensor:
     """Return the probability with which a response is accepted: (P, K), (P, M) -> (P, K).
@@ -76,6 +75,56 @@ def pessimism_logprob(ref_logprob: Tensor, chance: Tensor, ref_chance: Tensor, n
     rejected = (1 - q) ** n
     return ref_logprob.cpu().double() + (chance * (1 - rejected) / q + rejected).log()
 
+
+def soft_best_of_n_row(world: World, n: int, beta: float, seed: int) -> tuple[dict, Tensor]:
+    """Return the row of soft best-of-n, and the rewards (P', G) of what it has chosen.
+
+    It chooses from the same groups of n candidates as best-of-n.
+    """
+    candidates = world.candidates
+    generator = seeded_generator("cpu", "soft best", n, beta, seed)
+    groups = in_groups(candidates.reward, n)
+    chosen = numbers_of(soft_best_of_n(groups, beta, generator), len(candidates.reward), n)
+    reward = candidates.reward.gather(1, chosen)
+    # the rivals are other samples than those that were chosen from
+    own = soft_bon_logprob(candidates.logprob.gather(1, chosen), reward, world.held_out.reward, n,
+                           beta)
+    return decoded_row("soft-bon", world, n, chosen, own), reward
+
+
+def pessimism_row(world: World, n: int, beta: float, seed: int) -> tuple[dict, Tensor]:
+    """Return the row of InferenceTimePessimism on the win rate, and the rewards of its choices.
+
+    Of each group of n + 1 candidates, the last one is taken if none of the n is accepted.
+    """
+    candidates = world.candidates
+    refs = world.held_out.reward
+    ref_wins = vbon.win_rate(refs, refs)
+    ref_chance = pessimism_chance(ref_wins, ref_wins, beta)
+    chance = pessimism_chance(vbon.win_rate(candidates.reward, refs), ref_wins, beta)
+    generator = seeded_generator("cpu", "pessimism", n, beta, seed)
+    first = pessimism_choice(in_groups(chance, n + 1), generator)
+    chosen = numbers_of(first, len(chance), n + 1)
+    own = pessimism_logprob(candidates.logprob.gather(1, chosen), chance.gather(1, chosen),
+                            ref_chance, n)
+    row = decoded_row("pessimism", world, n, chosen, own)
+    # on average; the first that is accepted ends it
+    row["samples_per_answer"] = round((first + 1).double().mean().item(), 1)
+    return row, candidates.reward.gather(1, chosen)
+
+
+def in_groups(values: Tensor, size: int) -> Tensor:  # (P, M) -> (P·G, size)
+    """Return the values in groups of `size`; those that are left over are left out."""
+    P, M = values.shape
+    G = M // size
+    return values[:, :G * size].reshape(P * G, size)
+
+
+def numbers_of(chosen: Tensor, P: int, size: int) -> Tensor:  # (P·G,) -> (P, G)
+    """Return the number, among all M, of the one that is chosen in each group."""
+    chosen = chosen.view(P, -1)
+    return chosen + size * torch.arange(chosen.shape[1])
+
 # ---------------------------------------------------------------------- decoders that save tokens
 
 def count_tokens(response: Tensor, eot: int) -> Tensor:  # (..., L) -> (...)
@@ -99,7 +148,7 @@ def speculative_rejection(prompt: Tensor, response: Tensor, reward_fn, cuts: lis
     """
     P, N, L = response.shape
     alive = torch.arange(N).expand(P, N)
-    length = count_tokens(response, eot)
+    length = count_tokens(response, eot).cpu()
     sampled = torch.zeros(P).double()
     start = 0
     for cut in [*cuts, L]:

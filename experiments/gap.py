@@ -1,32 +1,27 @@
 """Where a policy's KL to best-of-N comes from: which ranks of the reward it makes too probable."""
-from pathlib import Path
-
 from torch import Tensor
 
-import train
 import vbon
-from experiments.compare import evaluate_policy, find_policy
 
 EDGES = (0, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 1)      # of F, the share of lower rewards
 
 
-def study(world: train.World, out: Path, n: int, seed: int, made_by: dict) -> None:
-    """Print a row for each range of F, for the policy that train.py has left in `out`."""
-    policy = find_policy(out, "vbon", n, seed, made_by)
-    if policy is None:
-        print("\nNo vBoN policy in --out: run train.py first for the study of the gap.")
-        return
-    policy = policy.to(world.reference.wte.weight.device)
-    found = evaluate_policy(out, "vbon", policy, world, n, world.settings, seed)
-    rows, explained = gap_by_rank(found["logprob"], found["ref_logprob"], found["reward"],
-                                  world.held_out.reward, n)
+def study(evaluated: dict, ref_rewards: Tensor, n: int) -> None:
+    """Print a row for each range of F, for a policy that train.evaluate has evaluated."""
+    rows, explained = gap_by_rank(evaluated["logprob"], evaluated["ref_logprob"],
+                                  evaluated["reward"], ref_rewards, n)
     print(f"\nWhere does the KL of vBoN to best of {n} come from?\n\n"
           f"{'F':>13}{'responses':>12}{'log π_θ / π_ref':>18}{'log π_bon / π_ref':>20}"
           f"{'of the KL':>12}")
     for row in rows:
         print(f"  {row['low']:4g} to {row['high']:<4g}{row['share']:11.1%}{row['policy']:17.2f}"
               f"{row['bon']:20.2f}{row['kl']:13.3f}")
-    print(f"  F explains {explained:.0%} of the variance of log π_θ - log π_bon.")
+    total = sum(row["kl"] for row in rows)
+    noise = (n - 1) / (2 * ref_rewards.shape[1])
+    print(f"{'together':>13}{total:62.3f}\n"
+          f"  F explains {explained:.0%} of the variance of log π_θ - log π_bon. The KLs of a perfect "
+          f"policy would add\n  up to (n - 1) / (2 M) = {noise:.3f}, not 0: F is estimated from M "
+          f"samples.")
 
 
 def gap_by_rank(logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int
@@ -44,7 +39,8 @@ def gap_by_rank(logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_reward
     log_policy_ratio = logprob.double() - ref_logprob
     log_bon_ratio = log_bon - ref_logprob
     difference = log_policy_ratio - log_bon_ratio
-    # E[difference] is the KL. E[π_bon/π_θ - 1] is 0; with it, no response counts less than 0.
+    # E[difference] is the KL. E[π_bon/π_θ - 1] is 0 (with the exact F); with it, no response counts
+    # less than 0.
     part = difference + (-difference).exp() - 1
     rows = []
     between = 0.0

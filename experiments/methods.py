@@ -12,9 +12,10 @@
     bond           π_bon                                       half of each: BOND's Jeffreys loss
     bonbon         nearly π_bon                                best and worst of n cached responses
 
-Each function below takes the place of train.vbon_gradient: it adds the gradient of its loss to the
-policy's .grad, and returns means that are worth watching. β is chosen such that the aim is as far
-from the reference as best-of-N; README.md has the papers, theory.py the aims.
+Each gradient function below takes the place of train.vbon_gradient: it adds the gradient of its
+loss to the policy's .grad, and returns means that are worth watching. β is chosen such that the aim
+is as far from the reference as best-of-N; README.md has the papers, theory.py the aims, and
+own_method.py takes a method from a file of yours.
 """
 import functools
 from collections.abc import Callable
@@ -25,39 +26,61 @@ from torch import Tensor
 import vbon
 from experiments import theory
 from model import GPT, prompts_at_a_time
-from support import code
-from train import Batch, Method, TuningSettings, watch
+from support.statistics import share_of_sets
+from train import TUNING, Batch, Method, TuningSettings, vbon_gradient, watch
 
-code.read_source(__file__)
-
-METHODS = ("bound", "kl-rl", "infalign-ctrl", "wind", "max-at-k", "max-at-k-win", "infalign",
-           "bon-sft", "bond", "bonbon")
+METHODS = ("vbon", "bound", "kl-rl", "infalign-ctrl", "wind", "max-at-k", "max-at-k-win",
+           "infalign", "bon-sft", "bond", "bonbon")
 FROM_WINNERS = ("bon-sft", "bond", "bonbon")            # these need n different cached responses
 FROM_SETS = ("max-at-k", "max-at-k-win", "infalign")    # these need n own responses to a prompt
+CODE = (*TUNING, "experiments.methods", *theory.CODE)   # computes a policy; for `keep`
 
 
 def choose_method(name: str, n: int, beta: float | None) -> Method:
     """Return one of METHODS; β belongs to those in theory.WITH_BETA."""
+    gradients = {"vbon": vbon_gradient, "bon-sft": bon_sft_gradient, "bond": bond_gradient,
+                 "bonbon": bonbon_gradient}
     targets = {"bound": bound_target, "wind": wind_target,
                "kl-rl": functools.partial(value_target, name="kl-rl"),
                "infalign-ctrl": functools.partial(value_target, name="infalign-ctrl")}
-    losses = {"bon-sft": bon_sft_gradient, "bond": bond_gradient, "bonbon": bonbon_gradient}
-    if name in targets:
-        gradient = functools.partial(target_gradient, target=targets[name], beta=beta)
-    elif name in FROM_SETS:
-        gradient = functools.partial(max_at_k_gradient, name=name, beta=beta)
-    else:
-        gradient = losses[name]
-    label = f"{name} n={n}"
-    if name == "kl-rl":
-        label = f"kl-rl beta={beta:g}"
-    return Method(label, (name, beta, n), gradient)
+    for other, target in targets.items():
+        gradients[other] = functools.partial(target_gradient, target=target, beta=beta)
+    for other in FROM_SETS:
+        gradients[other] = functools.partial(max_at_k_gradient, name=other, beta=beta)
+    names = ("vbon", n) if name == "vbon" else (name, beta, n)
+    label = f"{name} n={n}" if beta is None else f"{name} beta={beta:g}"
+    return Method(label, names, gradients[name])
 
 
 def grow_beta(beta: float, step: int, steps: int) -> float:
     """Return the β of this update: 1/β grows from 0 over the first 40 %, as N does for vBoN."""
     share = min(1.0, (step + 1) / (0.4 * steps))
     return beta / share
+
+
+def roll_out(policy: GPT, reference: GPT, reward_fn, batch: Batch, k: int,
+             generator: torch.Generator) -> vbon.Rollout:
+    """Do steps (a) and (b) of an update, with k responses to each prompt of a batch."""
+    length = batch.ref_response.shape[2]
+    part = prompts_at_a_time(policy, k, length)
+    return vbon.roll_out(policy, reference, reward_fn, batch.prompt, k, length, generator, part)
+
+
+def descend(policy: GPT, prompt: Tensor, response: Tensor, loss: Callable) -> Tensor:
+    """Add the gradient of a loss to .grad, some prompts at a time, as vbon.reinforce does.
+
+    loss takes log π_θ(y) (part, K) and the rows of these prompts, and returns a mean over them.
+    Returns log π_θ(y) (P, K), without gradients.
+    """
+    part = prompts_at_a_time(policy, *response.shape[1:])
+    found = []
+    for first in range(0, len(prompt), part):
+        rows = slice(first, first + part)
+        logprob = policy.logprob(prompt[rows], response[rows]).cpu().double()
+        share = len(logprob) / len(prompt)
+        (share * loss(logprob, rows)).backward()
+        found.append(logprob.detach())
+    return torch.cat(found)
 
 # ------------------------------------------------------------- vBoN's loss, with another target (c)
 
@@ -68,13 +91,16 @@ def target_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int
     n = vbon.grow(n, batch.step, settings.steps)
     if beta is not None:
         beta = grow_beta(beta, batch.step, settings.steps)
-    part = prompts_at_a_time(policy, settings.k, settings.length)
-    rollout = vbon.roll_out(policy, reference, reward_fn, batch.prompt, settings.k, settings.length,
-                            generator, part)
+    rollout = roll_out(policy, reference, reward_fn, batch, settings.k, generator)
     # (c): the target may be known up to a factor, which the baseline subtracts
     log_target = target(rollout, batch.ref_rewards, n, beta)
-    logprob = vbon.reinforce(policy, batch.prompt, rollout.response, log_target, part)
-    return watch(batch, rollout, logprob)
+    return watch(batch, rollout, reinforce(policy, batch, rollout, log_target))
+
+
+def reinforce(policy: GPT, batch: Batch, rollout: vbon.Rollout, log_target: Tensor) -> Tensor:
+    """Do steps (d) and (e); return log π_θ(y) (P, K)."""
+    part = prompts_at_a_time(policy, *rollout.response.shape[1:])
+    return vbon.reinforce(policy, batch.prompt, rollout.response, log_target, part)
 
 
 def bound_target(rollout: vbon.Rollout, ref_rewards: Tensor, n: int, beta: None) -> Tensor:
@@ -115,9 +141,7 @@ def max_at_k_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: i
     2412.19792), the win rate of best-of-n of the policy over best-of-n of the reference.
     """
     beta = grow_beta(beta, batch.step, settings.steps)
-    part = prompts_at_a_time(policy, settings.k, settings.length)
-    rollout = vbon.roll_out(policy, reference, reward_fn, batch.prompt, settings.k, settings.length,
-                            generator, part)
+    rollout = roll_out(policy, reference, reward_fn, batch, settings.k, generator)
     values = theory.method_values(name, n, rollout.reward, batch.ref_rewards)
     weights = max_at_k_weights(values, n)
 
@@ -127,8 +151,7 @@ def max_at_k_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: i
         gain = (weights[rows] * logprob).sum(-1).mean()
         return kl - gain / beta
 
-    logprob = descend(policy, batch.prompt, rollout.response, loss, part)
-    return watch(batch, rollout, logprob)
+    return watch(batch, rollout, descend(policy, batch.prompt, rollout.response, loss))
 
 
 def max_at_k_weights(values: Tensor, k: int) -> Tensor:  # (P, K) -> (P, K)
@@ -146,16 +169,12 @@ def max_at_k_weights(values: Tensor, k: int) -> Tensor:  # (P, K) -> (P, K)
         return (values - vbon.leave_one_out(values)) / K
     ordered, order = values.sort(-1)
     # y_i is in C(j, k-2) sets in which the j-th response (from 0) is the best of the others
-    j = torch.arange(K)
-    sets = vbon._share_of_sets(j.double(), k - 2, K) * _ratio_of_sets(k, K)
+    j = torch.arange(K).double()
+    ratio = k * (k - 1) / ((K - k + 2) * (K - k + 1))   # C(K, k-2) / C(K, k)
+    sets = share_of_sets(j, k - 2, K) * ratio
     count = sets.cumsum(0) - sets
     best = (sets * ordered).cumsum(-1) - sets * ordered
     return torch.zeros_like(ordered).scatter(-1, order, count * ordered - best)
-
-
-def _ratio_of_sets(k: int, K: int) -> float:
-    """Return C(K, k-2) / C(K, k)."""
-    return k * (k - 1) / ((K - k + 2) * (K - k + 1))
 
 # ---------------------------------------------------------------------- from cached responses alone
 
@@ -164,32 +183,29 @@ def bon_sft_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: in
     """Maximum likelihood on winners: the forward KL(π_bon || π_θ), up to a constant.
 
     It has no score that could be huge, so it aims for the full n from the first update. It needs
-    neither reward nor reference: both have judged the cached responses. Returns nll, the loss in
-    nats per response.
+    neither reward nor reference. Returns nll, the loss in nats per response.
     """
     winners = sample_winners(batch, n, settings.k, generator)
-    return {"nll": follow_likelihood(policy, batch.prompt, winners, settings)}
+    return {"nll": follow_likelihood(policy, batch.prompt, winners)}
 
 
 def bond_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
                   settings: TuningSettings, generator: torch.Generator) -> dict[str, float]:
-    """BOND's Jeffreys loss with N fixed: the forward KL of bon-sft and the reverse KL of vBoN.
+    """BOND's Jeffreys loss with N fixed (arXiv 2407.14622): the forward KL of bon-sft plus the
+    reverse KL of vBoN.
 
-    It is their sum, where BOND has half of it: Adam's steps do not depend on the factor. Of the k
-    responses to a prompt, half are winners and half are the policy's own. Returns nll of the
-    winners, and win_rate and kl_ref of the policy's own responses.
+    Of the k responses to a prompt, half are winners and half are the policy's own. Returns nll of
+    the winners, and win_rate and kl_ref of the policy's own responses.
     """
     n = vbon.grow(n, batch.step, settings.steps)
-    part = prompts_at_a_time(policy, settings.k, settings.length)
     # the forward KL
     winners = sample_winners(batch, n, settings.k // 2, generator)
-    nll = follow_likelihood(policy, batch.prompt, winners, settings)
+    nll = follow_likelihood(policy, batch.prompt, winners)
     # the reverse KL
     own = settings.k - settings.k // 2
-    rollout = vbon.roll_out(policy, reference, reward_fn, batch.prompt, own, settings.length,
-                            generator, part)
+    rollout = roll_out(policy, reference, reward_fn, batch, own, generator)
     log_target = vbon.bon_target(rollout.ref_logprob, rollout.reward, batch.ref_rewards, n)
-    logprob = vbon.reinforce(policy, batch.prompt, rollout.response, log_target, part)
+    logprob = reinforce(policy, batch, rollout, log_target)
     return {"nll": nll} | watch(batch, rollout, logprob)
 
 
@@ -201,9 +217,8 @@ def bonbon_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int
     For best-of-n, h(best) - h(worst) has the mean c; it is not c for each pair, and so the optimum
     is not π_bon. Returns margin, the mean of h(best) - h(worst).
     """
-    best, worst = sample_pairs(batch, n, settings.k // 2, generator)
-    response = torch.cat([best, worst], 1)
-    part = prompts_at_a_time(policy, settings.k, settings.length)
+    response = torch.cat(sample_pairs(batch, n, settings.k // 2, generator), 1)
+    part = prompts_at_a_time(policy, *response.shape[1:])
     with torch.no_grad():
         ref_logprob = [reference.logprob(x, y) for x, y in
                        zip(batch.prompt.split(part), response.split(part))]
@@ -216,36 +231,16 @@ def bonbon_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int
         h_best, h_worst = (logprob - ref_logprob[rows]).chunk(2, 1)
         return (-alpha * log_best + (1 - alpha) * (h_best - h_worst - c) ** 2).mean()
 
-    logprob = descend(policy, batch.prompt, response, loss, part)
+    logprob = descend(policy, batch.prompt, response, loss)
     h_best, h_worst = (logprob - ref_logprob).chunk(2, 1)
     return {"margin": (h_best - h_worst).mean().item()}
 
 
-def follow_likelihood(policy: GPT, prompt: Tensor, response: Tensor, settings: TuningSettings
-                      ) -> float:
-    """Add the gradient of the negative log-likelihood of responses (P, K, L) to .grad.
-
-    Returns it in nats per response.
-    """
-    part = prompts_at_a_time(policy, settings.k, settings.length)
-    logprob = descend(policy, prompt, response, lambda logprob, rows: -logprob.mean(), part)
+def follow_likelihood(policy: GPT, prompt: Tensor, response: Tensor) -> float:
+    """Add the gradient of the negative log-likelihood of responses (P, K, L) to .grad; return it in
+    nats per response."""
+    logprob = descend(policy, prompt, response, lambda logprob, rows: -logprob.mean())
     return -logprob.mean().item()
-
-
-def descend(policy: GPT, prompt: Tensor, response: Tensor, loss: Callable, part: int) -> Tensor:
-    """Add the gradient of a loss to .grad, `part` prompts at a time, as vbon.reinforce does.
-
-    loss takes log π_θ(y) (part, K) and the rows of these prompts, and returns a mean over them.
-    Returns log π_θ(y) (P, K), without gradients.
-    """
-    found = []
-    for first in range(0, len(prompt), part):
-        rows = slice(first, first + part)
-        logprob = policy.logprob(prompt[rows], response[rows]).cpu().double()
-        share = len(logprob) / len(prompt)
-        (share * loss(logprob, rows)).backward()
-        found.append(logprob.detach())
-    return torch.cat(found)
 
 
 def sample_winners(batch: Batch, n: int, k: int, generator: torch.Generator) -> Tensor:
@@ -258,9 +253,7 @@ def sample_winners(batch: Batch, n: int, k: int, generator: torch.Generator) -> 
 def sample_pairs(batch: Batch, n: int, k: int, generator: torch.Generator
                  ) -> tuple[Tensor, Tensor]:
     """Return k pairs (P, k, L): the best and the worst of the same n different cached responses.
-
-    They are in random order, so that ties are broken at random.
-    """
+    Ties are broken at random, since they are in random order."""
     P, M = batch.ref_rewards.shape
     order = torch.rand(P, k, M, generator=generator, device=generator.device).argsort(-1)
     chosen = order[..., :n].cpu()

@@ -14,8 +14,7 @@ from experiments import decoders, theory
 from support import report
 
 NS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-BETA_SOFT = 0.5                         # of soft best-of-n
-BETA_PESSIMISM = 0.5                    # of InferenceTimePessimism on the reward
+BETA = 0.5                              # of InferenceTimePessimism
 
 
 def faulty_world(size: int = 1000) -> tuple[Tensor, Tensor]:  # -> (size,), (size,)
@@ -29,40 +28,17 @@ def faulty_world(size: int = 1000) -> tuple[Tensor, Tensor]:  # -> (size,), (siz
     return quality, reward
 
 
-def soft_weights(reward: Tensor, n: int, beta: float) -> Tensor:  # (M,) -> (M,)
-    """Return the distribution of soft best-of-n on M equally probable responses.
-
-    n a ∫ e^(-ta) φ(t)^(n-1) dt / M, where a = e^(r/β) and φ(t) is the mean of e^(-ta) over the M.
-    The integral is over log t, in which the integrand is smooth.
-    """
-    log_a = reward / beta
-    low = -log_a.max().item() - math.log(n) - 25
-    high = -log_a.min().item() + 5
-    log_t = torch.linspace(low, high, 2000).double()[:, None]
-    log_decay = -(log_t + log_a).exp()                              # (2000, M)
-    log_mean = log_decay.logsumexp(1, keepdim=True) - math.log(len(reward))
-    integrand = (log_decay + (n - 1) * log_mean + log_t + log_a).exp()
-    weight = n * torch.trapezoid(integrand, log_t[:, 0], dim=0) / len(reward)
-    return weight / weight.sum()
-
-
-def pessimism_law(reward: Tensor, n: int, beta: float) -> Tensor:  # (M,) -> (M,)
-    """Return the distribution of InferenceTimePessimism on M equally probable responses."""
-    chance = decoders.pessimism_chance(reward[None], reward[None], beta)
-    uniform = torch.full_like(chance, -math.log(len(reward)))
-    return decoders.pessimism_logprob(uniform, chance, chance, n)[0].exp()
-
-
 def qualities() -> dict[str, list[float]]:
     """Return the expected quality for each n of NS, by decoder."""
     quality, reward = faulty_world()
-    found = {"best of n": [], "soft best of n": [], "pessimism": []}
+    found = {"best of n, vBoN": [], "pessimism": []}
+    chance = decoders.pessimism_chance(reward[None], reward[None], BETA)
+    uniform = torch.full_like(chance, -math.log(len(reward)))
     for n in NS:
-        best = theory.bon_weights(n, reward[None])[0]
-        found["best of n"].append((best * quality).sum().item())
-        found["soft best of n"].append((soft_weights(reward, n, BETA_SOFT) * quality).sum().item())
-        law = pessimism_law(reward, n, BETA_PESSIMISM)
-        found["pessimism"].append((law * quality).sum().item())
+        laws = (theory.bon_weights(n, reward[None])[0],
+                decoders.pessimism_logprob(uniform, chance, chance, n)[0].exp())
+        for values, law in zip(found.values(), laws):
+            values.append((law * quality).sum().item())
     return found
 
 
@@ -71,15 +47,12 @@ def study(path: Path) -> None:
     found = qualities()
     print("\nA reward with a fault: 1 % of the responses are bad and have a high reward\n")
     print(f"{'true quality, n =':18}" + "".join(f"{n:>7}" for n in NS))
-    for name, values in found.items():
-        label = "best of n, vBoN" if name == "best of n" else name
-        print(f"  {label:16}" + "".join(f"{x:7.2f}" for x in values))
     with report.figure(path, 1, (5.5, 3.6)) as (axes,):
-        for name, values in found.items():
-            label = "best of n = aim of vBoN" if name == "best of n" else name
-            axes.plot(NS, values, "o-", ms=4, label=label)
+        for (name, values), marker in zip(found.items(), "os"):
+            print(f"  {name:16}" + "".join(f"{x:7.2f}" for x in values))
+            axes.plot(NS, values, f"{marker}-", ms=5, label=name)
         axes.set(xscale="log", xlabel="n", ylabel="true quality",
-                 title="A reward with a fault: more is not better")
+                 title="True quality, if the reward has a fault")
         axes.set_xticks(NS, NS)
         axes.minorticks_off()
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=9)

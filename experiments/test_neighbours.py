@@ -10,8 +10,9 @@ import torch
 
 import train
 import vbon
-from experiments import decoders, methods, overoptimisation, savings, temperature, theory
-from experiments.test_experiments import tiny_world, uniform_rewards, world_reward
+from experiments import decoders, methods, theory
+from experiments.test_experiments import best_of, tiny_world, uniform_rewards, world_reward
+from support.statistics import bon_attains
 
 torch.set_num_threads(1)
 
@@ -42,17 +43,6 @@ def kl_to_reference(log_p):
     return (log_p.exp() * (log_p + math.log(40))).sum()
 
 
-def best_of(log_p, values, k):
-    """E[the best value of k responses], level by level."""
-    found = 0.0
-    before = torch.zeros(()).double()
-    for value in values.unique():
-        at_most = log_p.exp()[values <= value].sum()
-        found = found + value * (at_most ** k - before ** k)
-        before = at_most
-    return found
-
-
 def wins_of(rewards):
     """The win rate of each of 40 equally probable responses, by comparing all pairs."""
     lower = (rewards[None, :] < rewards[:, None]).double()
@@ -63,7 +53,7 @@ def wins_of(rewards):
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("method, beta", [
     ("kl-rl", 0.9), ("infalign-ctrl", 4000.0), ("max-at-k", 0.7), ("max-at-k-win", 0.1),
-    ("infalign", 0.2), ("pessimism", 0.25), ("wind", 0.25)])
+    ("infalign", 0.2), ("wind", 0.25)])
 def test_an_aim_is_the_direct_optimum(method, beta, world):
     rewards = WORLDS[world]
     n = 4
@@ -79,14 +69,21 @@ def test_an_aim_is_the_direct_optimum(method, beta, world):
         "infalign": lambda log_p: best_of(log_p, (lower ** n + at_most ** n) / 2, n),
         # an equilibrium is the best answer to itself
         "wind": lambda log_p: (log_p.exp() * equilibrium).sum(),
-        "pessimism": lambda log_p: (log_p.exp() * wins).sum(),
     }
-    costs = kl_to_reference
-    if method == "pessimism":
-        def costs(log_p):
-            return (40 * log_p.exp() ** 2).sum() / 2
-    direct = optimum(lambda log_p: gains[method](log_p) - beta * costs(log_p))
+    direct = optimum(lambda log_p: gains[method](log_p) - beta * kl_to_reference(log_p))
     assert (found - direct).abs().max().item() < 1e-6
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_aim_of_pessimism_is_the_direct_optimum(world):
+    """Of E[win rate] - (β/2) · E_ref[(π/π_ref)²]: its gradient is the same wherever π > 0, and not
+    larger elsewhere."""
+    rewards = WORLDS[world]
+    found = theory.aim_weights("pessimism", 4, 0.25, rewards[None])[0]
+    gradient = wins_of(rewards)[0] - 0.25 * 40 * found
+    assert found.sum().item() == pytest.approx(1)
+    assert (gradient[found > 0] - gradient.max()).abs().max().item() < 1e-12
+    assert 0 < (found > 0).sum() < 40
 
 
 def all_pairs(rewards, n):
@@ -119,55 +116,23 @@ def test_the_aim_of_bonbon_is_the_direct_optimum(n, world):
 
 
 def test_the_margin_of_bonbon_is_the_number_of_its_code():
-    """Its β for n = 8 is 1 / (2c); and c is the mean margin of best-of-n."""
+    """Its β for n = 8 is 1 / (2c)."""
     assert 1 / (2 * theory.bonbon_margin(8)) == pytest.approx(0.0275482094)
-    chance = theory.best_and_worst(4, uniform_rewards(1024)[0])
-    h = theory.bon_weights(4, uniform_rewards(1024))[0].log()
-    margin = (chance * (h[:, None] - h[None, :])).sum().item()
-    assert margin == pytest.approx(theory.bonbon_margin(4), abs=0.02)
-
-
-def test_bonbon_aims_past_best_of_n_at_4_and_short_of_it_at_8():
-    rewards = uniform_rewards(512)
-    for n, win, kl in ((4, 0.8335, 0.854), (8, 0.815, 0.886)):
-        found = theory.aim("bonbon", n, None, rewards)
-        assert found["win_rate"] == pytest.approx(win, abs=0.002)
-        assert found["kl_ref"] == pytest.approx(kl, abs=0.01)
-
-
-def test_wind_is_a_closed_form_for_a_continuous_reward():
-    """g(F) = βκ / (1 - κF), with κ = 1 - e^(-1/β)."""
-    rewards = uniform_rewards(2000)
-    beta = 0.4
-    kappa = 1 - math.exp(-1 / beta)
-    wanted = beta * kappa / (1 - kappa * rewards)
-    found = theory.aim_weights("wind", 4, beta, rewards) * 2000
-    assert (found - wanted).abs().max().item() < 0.01
 
 
 def test_the_equilibrium_of_log_wins_is_best_of_n():
     """With log P(y beats π) in the place of P, it is best of N = β / (β - 1)."""
     u = uniform_rewards(4000)
-    found = theory.fixed_point(lambda weight: theory._cdf(weight, u)[1].log(), 4 / 3, u)
+    found = theory.fixed_point(lambda weight: theory.cdf(weight, u)[1].log(), 4 / 3, u)
     ratio = found / theory.bon_weights(4, u)
     assert (found * ratio.log()).sum().item() == pytest.approx(0, abs=1e-3)
-
-
-def test_pessimism_is_best_of_2_of_the_top():
-    """On F with β <= 1/2: the best of 2 of the top s = √(2β)."""
-    rewards = uniform_rewards(2000)
-    s = 0.6
-    found = theory.aim("pessimism", 4, s ** 2 / 2, rewards)
-    assert found["win_rate"] == pytest.approx(1 - s / 3, abs=1e-3)
-    assert found["kl_ref"] == pytest.approx(math.log(2 / s) - 1 / 2, abs=1e-3)
 
 
 @pytest.mark.parametrize("method", theory.WITH_BETA)
 def test_the_beta_of_each_aim_goes_as_far_as_best_of_n(method):
     rewards = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
-    beta = theory.find_beta(rewards, 3, method)
-    kl = theory.best_of_n(3, rewards)["kl_ref"]
-    assert theory.aim(method, 3, beta, rewards)["kl_ref"] == pytest.approx(kl, rel=0.01)
+    kl, _ = bon_attains(rewards, 3)
+    assert theory.find_aim(method, 3, rewards)["kl_ref"] == pytest.approx(kl, rel=0.01)
 
 # ----------------------------------------------------------------------------- decoded by best-of-n
 
@@ -181,6 +146,8 @@ def test_decoded_win_rate_is_that_of_all_sets(n):
             wins.append((max(mine) > max(theirs)) + (max(mine) == max(theirs)) / 2)
     found = theory.decoded_win_rate(ours, refs, n)
     assert found.tolist() == pytest.approx([sum(wins) / len(wins)])
+    # too few responses on one side
+    assert theory.decoded_win_rate(ours, refs, 5) is theory.decoded_win_rate(refs, ours, 5) is None
 
 
 def test_best_of_n_is_decoded_as_best_of_n_squared():
@@ -188,12 +155,6 @@ def test_best_of_n_is_decoded_as_best_of_n_squared():
     refs = uniform_rewards(512)
     found = theory.decoded_win_rate(refs, refs, 4, 16).item()
     assert found == pytest.approx(16 / 20, abs=0.003)
-
-
-def test_too_few_responses_cannot_be_decoded():
-    rewards = torch.arange(4.0)[None]
-    assert theory.decoded_win_rate(rewards, torch.arange(9.0)[None], 5) is None
-    assert theory.decoded_win_rate(torch.arange(9.0)[None], rewards, 5) is None
 
 
 @pytest.mark.parametrize("worst", [False, True])
@@ -209,20 +170,6 @@ def test_decoded_win_rate_of_known_weights_is_that_of_all_tuples(worst):
             wins += (weight[i] * weight[j]).item() / 25 * ((mine > theirs) + (mine == theirs) / 2)
     found = theory.decoded_win_rate_of(weight[None], rewards[None], 2, worst)
     assert found == pytest.approx(wins)
-
-
-def test_what_is_best_for_one_sample_is_worst_for_best_of_n():
-    """The order of the aims, all as far from the reference as best of 4."""
-    rewards = torch.randn(8, 512, generator=torch.Generator().manual_seed(0))
-    found = {}
-    for method in ("vbon", "kl-rl", "wind", "infalign"):
-        beta = None if method == "vbon" else theory.find_beta(rewards, 4, method)
-        found[method] = theory.aim(method, 4, beta, rewards)
-    wins = [point["win_rate"] for point in found.values()]
-    decoded = [point["decoded_win_rate"] for point in found.values()]
-    assert wins == sorted(wins, reverse=True)
-    assert decoded == sorted(decoded)
-    assert decoded[-1] > decoded[0] + 0.07
 
 # ------------------------------------------------------------------------ unbiased, over all tuples
 
@@ -241,14 +188,6 @@ def test_weights_of_max_at_k_are_unbiased(K, k):
     chance = logprob.detach().sum(-1).exp()
     found, = torch.autograd.grad((chance * (weights * logprob).sum(-1)).sum(), logits)
     assert (found - exact).abs().max() < 1e-14
-
-
-def test_weights_of_max_at_k_by_hand():
-    """Values 1, 2, 4 with k = 2: what each adds, over its sets of two."""
-    found = methods.max_at_k_weights(torch.tensor([[4.0, 1.0, 2.0]]).double(), 2)
-    assert found[0].tolist() == pytest.approx([5 / 3, 0, 1 / 3])
-    with pytest.raises(ValueError, match="from 1 to K = 3"):
-        methods.max_at_k_weights(torch.ones(1, 3).double(), 4)
 
 
 @pytest.mark.parametrize("K", [2, 3, 4])
@@ -272,19 +211,6 @@ def test_the_update_of_wind_is_unbiased(K):
         gradient, = torch.autograd.grad(vbon.reverse_kl_loss(logprob, target), logits)
         total += logprob.detach().sum().exp() * gradient
     assert (total - exact).abs().max() < 1e-12
-
-
-def test_infalign_values_are_unbiased_from_few_references():
-    """C(#less, N) / C(M, N): the mean over all sets of N different references."""
-    refs = torch.tensor([[2.0, 3.0, -1.0, 0.5, 3.0, 1.0]])
-    reward = torch.tensor([[2.5, 3.0, 0.0]])
-    found = theory.method_values("infalign", 4, reward, refs)[0].tolist()
-    for value, r in zip(found, reward[0].tolist()):
-        wins = []
-        for rivals in itertools.combinations(refs[0].tolist(), 4):
-            # a tie counts half
-            wins.append(((r > max(rivals)) + (r >= max(rivals))) / 2)
-        assert value == pytest.approx(sum(wins) / len(wins))
 
 
 def test_pairs_are_the_best_and_the_worst_of_the_same_set():
@@ -331,14 +257,6 @@ def test_pessimism_takes_the_first_that_is_accepted():
     assert found.double().mean().item() == pytest.approx(0.75, abs=0.015)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_lambda_leaves_a_mean_weight_of_one(world):
-    rewards = WORLDS[world]
-    for beta in (0.01, 0.3, 5.0):
-        threshold = theory.pessimism_threshold(rewards[None], beta)
-        assert ((rewards - threshold) / beta).clamp(min=0).mean().item() == pytest.approx(1)
-
-
 EOT = 3
 
 
@@ -357,37 +275,6 @@ def test_speculative_rejection_by_hand():
     best, tokens = decoders.speculative_rejection(None, response, reward, [], EOT)
     assert best.tolist() == [1]
     assert tokens.tolist() == [4 + 4 + 4 + 2]
-
-
-def test_speculative_rejection_is_best_of_n_if_no_winner_is_dropped():
-    """If the unfinished text already has the final reward."""
-    reference, prompt, _ = tiny_world()
-    response, _ = reference.sample(prompt.repeat(50, 1), 8, 3, torch.Generator().manual_seed(0))
-
-    def first_token(prompt, y):
-        return y[..., 0].double()
-
-    best, tokens = decoders.speculative_rejection(prompt, response, first_token, [1, 2], EOT)
-    rewards = first_token(None, response)
-    assert torch.equal(rewards.gather(1, best[:, None])[:, 0], rewards.max(1).values)
-    assert (tokens < decoders.count_tokens(response, EOT).sum(1)).any()
-
-
-def test_a_tree_with_one_layer_is_best_of_n():
-    reference, prompt, strings = tiny_world()
-    prompts = prompt.repeat(4000, 1)
-    best, tokens = decoders.tree_bon(reference, prompts, world_reward, 4, 4, [], 3,
-                                     torch.Generator().manual_seed(0))
-    rewards = world_reward(prompts[:1], best[None])[0]
-    with torch.no_grad():
-        ref_logprob = reference.logprob(prompt, strings).double()
-    own = world_reward(prompt, strings)[0]
-    lower = (own[None, :] < own[:, None]).double() @ ref_logprob[0].exp()
-    chance = vbon.bon_logprob(ref_logprob[0], lower.log(), 4).exp()
-    mean = (chance * own).sum().item()
-    spread = ((chance * own ** 2).sum().item() - mean ** 2) ** 0.5
-    assert rewards.mean().item() == pytest.approx(mean, abs=4 * spread / 4000 ** 0.5)
-    assert tokens.min() >= 4 and tokens.max() <= 12
 
 
 def test_a_tree_is_the_law_of_its_definition():
@@ -436,117 +323,10 @@ def test_small_steps_towards_best_of_2_multiply_n():
     u = uniform_rewards(4000)
     log_p = torch.zeros_like(u).log_softmax(-1)
     for _ in range(70):
-        lower, at_most = theory._cdf(log_p.exp(), u)
+        lower, at_most = theory.cdf(log_p.exp(), u)
         log_best = log_p + (lower + at_most).log()
         log_p = (log_p + 0.02 * (log_best - log_p)).log_softmax(-1)
     wins = (log_p.exp() * vbon.win_rate(u, u)).sum().item()
     n = wins / (1 - wins)
     assert n == pytest.approx(1.02 ** 70, abs=0.02)
     assert n == pytest.approx(4, abs=0.05)
-
-
-def test_the_closed_form_of_the_kl_is_only_a_bound():
-    """arXiv 2401.01879: right with probability .1, wrong .9, n = 64."""
-    prob = torch.tensor([0.9, 0.1]).double()
-    cdf = torch.tensor([0.0, 0.9]).double()
-    log_bon = vbon.bon_logprob(prob.log(), cdf.log(), 64)
-    kl = (log_bon.exp() * (log_bon - prob.log())).sum().item()
-    assert kl == pytest.approx(2.291, abs=1e-3)
-    assert theory.bon_theory(64)[0] == pytest.approx(3.175, abs=1e-3)
-    # two equally probable responses: never more than log 2
-    log_bon = vbon.bon_logprob(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.0, 0.5]).log(), 64)
-    assert (log_bon.exp() * (log_bon + math.log(2))).sum().item() <= math.log(2)
-    for n in (2, 8, 64):
-        for rewards in WORLDS.values():
-            kl, wins = vbon.bon_attains(rewards[None], n)
-            assert math.isnan(kl) or kl <= theory.bon_theory(n)[0] + 1e-9
-            if n < 40:
-                assert wins <= n / (n + 1) + 1e-9
-
-
-def soft_law(prob, reward, n):
-    """π_ref · n · a · ∫ e^(-ta) M(t)^(n-1) dt, where a = e^r and M(t) = E_ref e^(-ta)."""
-    a = reward.exp()
-    # substitute t = e^s: the integrand is smooth in s, and vanishes at both ends
-    s = torch.linspace(-25, 8, 20_001).double()[:, None]
-    decay = (-s.exp() * a).exp()
-    integrand = decay * (decay @ prob)[:, None] ** (n - 1) * s.exp()
-    return prob * n * a * torch.trapezoid(integrand, s[:, 0], dim=0)
-
-
-def test_soft_best_of_n_has_its_law_and_its_limits():
-    """arXiv 2505.03156. a = e^(r/β), here β = 1."""
-    prob = PROB
-    reward = VALUES
-    truth = torch.zeros(5).double()
-    for indices in itertools.product(range(5), repeat=3):
-        y = torch.tensor(indices)
-        truth.index_add_(0, y, reward[y].softmax(0) * prob[y].prod())
-    assert (soft_law(prob, reward, 3) - truth).abs().max() < 1e-9
-    a = reward.exp() / (prob * reward.exp()).sum()
-    limit = prob * a
-    variance = (prob * (a - 1) ** 2).sum().item()
-    scaled = []
-    for n in (4, 64, 512):
-        law = soft_law(prob, reward, n)
-        kl = (limit * (limit / law).log()).sum().item()
-        gap = ((limit - law) * reward).sum().item()
-        assert 0 < kl <= math.log(1 + variance / n)
-        scaled.append((n ** 2 * kl, n * gap))
-    # the gap in reward falls as 1/n, the KL as 1/n²; both limits are moments under the limit
-    mean = (limit * a).sum()
-    of_kl = (limit * (a - mean) ** 2).sum().item() / 2
-    of_gap = (limit * (a - mean) * reward).sum().item()
-    assert scaled[-1] == pytest.approx((of_kl, of_gap), rel=0.02)
-    assert scaled[0][0] > scaled[1][0] > of_kl
-
-# ----------------------------------------------------------------------------------------- studies
-
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_soft_weights_are_those_of_all_tuples(n):
-    rewards = torch.tensor([2.0, 1.0, 1.0, 3.0, 0.0]).double()
-    truth = torch.zeros(5).double()
-    for indices in itertools.product(range(5), repeat=n):
-        y = torch.tensor(indices)
-        truth.index_add_(0, y, (rewards[y] / 0.7).softmax(0) / 5 ** n)
-    assert (overoptimisation.soft_weights(rewards, n, 0.7) - truth).abs().max() < 1e-6
-
-
-def test_a_fault_of_the_reward_shows_with_a_large_n():
-    found = overoptimisation.qualities()
-    best = found["best of n"]
-    peak = max(best)
-    assert 4 <= overoptimisation.NS[best.index(peak)] <= 32
-    assert best[-1] < -2 < 1 < peak
-    cautious = found["pessimism"]
-    assert cautious == sorted(cautious) and cautious[-1] > 0.8
-    quality, reward = overoptimisation.faulty_world()
-    assert (quality != reward).double().mean().item() == pytest.approx(0.01)
-
-
-@torch.no_grad()
-def test_a_cooled_model_has_logits_divided_by_the_temperature():
-    reference, _, strings = tiny_world()
-    wanted = reference(strings[0]) / 0.5
-    assert torch.allclose(temperature.cooled(reference, 0.5)(strings[0]), wanted, atol=1e-5)
-    assert not torch.allclose(reference(strings[0]), wanted)
-
-
-def test_share_of_distinct_responses_by_hand():
-    response = torch.tensor([[[1, 2], [1, 2], [1, 3], [3, 3]], [[0, 0], [0, 0], [0, 0], [0, 0]]])
-    assert temperature.share_distinct(response) == pytest.approx((3 / 4 + 1 / 4) / 2)
-    # with 3 as end-of-text: 1 2, 1 3; and 0 0
-    assert temperature.count_pairs(response, 3) == (2 + 1) / 2
-
-
-def test_responses_are_cut_into_equal_parts():
-    assert savings.parts(24, 3) == [8, 16]
-    assert savings.parts(24, 4) == [6, 12, 18]
-    assert savings.parts(2, 3) == [1]
-    assert savings.parts(1, 4) == []
-
-
-def test_the_line_of_best_of_n_is_interpolated():
-    line = [(1, 0.5, 0.0), (2, 0.6, 0.0), (4, 0.8, 0.0)]
-    assert savings.interpolate(line, 3.0) == pytest.approx(0.7)
-    assert math.isnan(savings.interpolate(line, 9.0))

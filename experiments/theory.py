@@ -1,7 +1,7 @@
 """The aim of each method, computed without training, from M reference rewards of each prompt.
 
-A policy π ∝ π_ref · exp(score) is a tilt of the reference. All methods here aim at a tilt. Its
-reward, win rate and KL are estimated from samples of the reference, with exp(score) as weights.
+A policy π ∝ π_ref · exp(score) is a tilt of the reference. All methods here aim at a tilt. Its win
+rate and KL are estimated from samples of the reference, with exp(score) as weights.
 
     score                  the tilt
     t · win rate of y      has the highest win rate of all policies with its KL to the reference
@@ -13,256 +13,88 @@ Some weights are much larger than others. The effective sample size, 1 / Σ weig
 equally weighted samples with the same error. Below 16 no estimate is shown.
 """
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import vbon
-from support import code
 from support.files import UnusableInput
-
-code.read_source(__file__)
+from support.statistics import bon_attains, share_of_sets
 
 MIN_SIZE = 16                           # effective samples below which no estimate is shown
-
-# -------------------------------------------------------------- best-of-n, from M rewards a prompt
-
-def bon_theory(n: int) -> tuple[float, float]:
-    """Return KL(π_bon || π_ref) in nats and win rate of best-of-n, if the reward is continuous.
-
-    n = 4 gives log 4 - 3/4 = 0.636 and 4/5.
-    """
-    vbon._check_n(n)
-    kl = math.log(n) - (n - 1) / n
-    return kl, n / (n + 1)
-
-
-def cdf_interval(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Another estimate of F_lt and F_le, each (P, K): y counts as one of M + 1 responses.
-
-    Reward 2 against 1, 2, 2, 3 gives 1/5 and 4/5. Over y ~ π_ref, π_bon/π_ref then has mean 1. It
-    serves to be compared with (7); training does not use it.
-    """
-    less, equal = vbon._count_less_and_equal(reward, ref_rewards)
-    total = ref_rewards.shape[1] + 1
-    return less / total, (less + equal + 1) / total
-
-
-def bon_expected_reward(ref_rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P,)
-    """Return the expected reward of best-of-n, unbiased, for any n up to M.
-
-    It is the mean of the best reward over all sets of n of the M responses. With n = 2, rewards
-    1, 2, 4 give (2 + 4 + 4) / 3. Raises ValueError for n < 1, n > M, and unusable rewards.
-    """
-    # called only for its checks of the rewards
-    vbon._count_less_and_equal(ref_rewards, ref_rewards)
-    m = ref_rewards.shape[1]
-    _check_n(n, m)
-    ordered = ref_rewards.cpu().double().sort(-1).values
-    # The j-th lowest reward is the best of C(j-1, n-1) sets, for j < n of none.
-    j = torch.arange(n, m + 1).double()
-    log_sets = torch.lgamma(j) - torch.lgamma(j - n + 1)        # up to a constant
-    weight = log_sets.softmax(0)
-    return (ordered[:, n - 1:] * weight).sum(-1)
-
+CODE = ("experiments.theory", "support.statistics", "vbon")     # computes the aims; for `keep`
 
 def winner_weights(rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P, M)
     """Return the probability that each of M responses is the best of n *different* ones of them.
 
-    Responses with the same reward share their probability equally. With n = 2, rewards 1, 2, 2 give
-    0, 1/2, 1/2. A response sampled with these weights is distributed exactly as the best of n new
-    ones. Sampling with replacement would let a response compete with itself. Raises ValueError for
-    n < 1, n > M, and unusable rewards.
+    Rewards 1, 2, 2 with n = 2 give 0, 1/2, 1/2. A response sampled with these weights is
+    distributed exactly as the best of n new ones; with replacement, it would compete with itself.
+    Raises ValueError for n < 1, n > M, and unusable rewards.
     """
-    less, equal = vbon._count_less_and_equal(rewards, rewards)
+    less, equal = vbon.count_less_and_equal(rewards, rewards)
     m = rewards.shape[1]
-    _check_n(n, m)
+    if type(n) is not int or not 1 <= n <= m:
+        raise ValueError(f"want an integer n from 1 to M = {m}, got {n!r}")
     # the share of sets of n whose best response has at most, or less than, this reward
-    at_most = vbon._share_of_sets(less + equal, n, m)
-    below = vbon._share_of_sets(less, n, m)
+    at_most = share_of_sets(less + equal, n, m)
+    below = share_of_sets(less, n, m)
     return (at_most - below) / equal
 
 
-def _check_n(n: int, m: int) -> None:
-    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= m:
-        raise ValueError(f"want an integer n from 1 to M = {m}, got {n!r}")
+def bon_expected_reward(ref_rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P,)
+    """Return the expected reward of best-of-n, unbiased: the mean over all sets of n of the M.
 
-# -------------------------------------------------------------------------------- what tilts attain
-
-def tilt(score: Tensor, ref_rewards: Tensor) -> dict[str, float]:  # (P, M), (P, M)
-    """Return what the tilt of the reference by exp(score) attains, as means over the prompts.
-
-    That is reward, win_rate, kl_ref in nats, and ess, the effective sample size. A score of 0 gives
-    the reference itself: win rate 1/2, KL 0, and M effective samples.
+    Rewards 1, 2, 4 with n = 2 give (2 + 4 + 4) / 3. Raises ValueError as `winner_weights`.
     """
-    weight = score.cpu().double().softmax(-1)
-    return _attained(weight, ref_rewards)
-
-
-def best_of_n(n: int, ref_rewards: Tensor) -> dict[str, float]:
-    """Return what best-of-n attains, under the same names; the win rate is vbon.bon_attains'."""
-    found = _attained(bon_weights(n, ref_rewards), ref_rewards)
-    _, found["win_rate"] = vbon.bon_attains(ref_rewards, n)
-    # in this mean a response competes with itself; in the following one it does not
-    found["reward"] = bon_expected_reward(ref_rewards, n).mean().item()
-    return found
+    return (winner_weights(ref_rewards, n) * ref_rewards.cpu().double()).sum(-1)
 
 
 def bon_weights(n: int, ref_rewards: Tensor) -> Tensor:  # (P, M) -> (P, M)
     """Return π_bon, if the M responses, equally probable, were all there are."""
-    less, equal = vbon._count_less_and_equal(ref_rewards, ref_rewards)
+    less, equal = vbon.count_less_and_equal(ref_rewards, ref_rewards)
     m = ref_rewards.shape[1]
     return (((less + equal) / m) ** n - (less / m) ** n) / equal
 
+# --------------------------------------------------------------------- what a distribution attains
 
-def _attained(weight: Tensor, ref_rewards: Tensor) -> dict[str, float]:
-    """Return means over responses with the weights (P, M), which sum to 1 for each prompt."""
-    rewards = ref_rewards.cpu().double()
-    wins = vbon.win_rate(rewards, rewards)
+def attained(weight: Tensor, ref_rewards: Tensor) -> dict[str, float]:
+    """Return what a policy attains that has the weights (P, M), which sum to 1 for each prompt.
+
+    These are win_rate, kl_ref in nats, and ess, the effective sample size, as means over prompts.
+    """
+    wins = vbon.win_rate(ref_rewards, ref_rewards)
     return {
-        "reward": (weight * rewards).sum(-1).mean().item(),
         "win_rate": (weight * wins).sum(-1).mean().item(),
-        "kl_ref": _kl(weight),
-        "ess": _size(weight),
+        "kl_ref": kl_to_reference(weight),
+        "ess": (1 / weight.square().sum(-1)).mean().item(),
     }
 
 
-def _kl(weight: Tensor) -> float:
+def kl_to_reference(weight: Tensor) -> float:  # (P, M)
     """Return the KL to the reference, which has the weight 1/M for each of the M responses."""
     ratio = weight * weight.shape[1]
     return torch.xlogy(ratio, ratio).mean().item()
 
 
-def _size(weight: Tensor) -> float:
-    """Return the effective sample size, as a mean over the prompts."""
-    return (1 / weight.square().sum(-1)).mean().item()
-
-
-def strength(kl: float, values: Tensor) -> float:  # (P, M)
-    """Return the t for which the tilt by exp(t · values) has this KL to the reference, or inf.
-
-    The KL grows with t, so t is found by bisection, to 12 digits.
-    """
-    values = _from_the_top(values)
-    # in units of the values' own spread: rewards may be of size 1e20 or 1e-20
-    spread = _spread(values)
-    values = values / spread
-    low = 0.0
-    high = 1.0
-    while _kl_of_tilt(high, values) < kl:
-        low = high
-        high = 2 * high
-        if high > LARGEST:
-            return math.inf
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        if _kl_of_tilt(middle, values) < kl:
-            low = middle
-        else:
-            high = middle
-        if high < 1 / LARGEST:
-            return 0.0
-    return high / spread
-
-
-def _kl_of_tilt(t: float, values: Tensor) -> float:
-    """Return the KL of the tilt by exp(t · values), as a mean over the prompts.
-
-    It is t times the mean value, minus the log of the mean of exp(t · values) under the reference.
-    """
-    weight = (t * values).exp()
-    total = weight.sum(-1)
-    mean = (weight * values).sum(-1) / total
-    kl = t * mean - (total / values.shape[1]).log()
-    return kl.mean().item()
-
-
-LARGEST = 2.0 ** 60                     # of t · spread: beyond, only the best responses are left
-
-
-def _spread(values: Tensor) -> float:
-    """Return the largest distance of a value from the best one of its prompt; 1 for equal ones."""
-    return _from_the_top(values).abs().max().item() or 1.0
-
-
-def _from_the_top(values: Tensor) -> Tensor:
-    """Subtract the largest value of each prompt: the tilt is the same, without overflow."""
-    values = values.cpu().double()
-    return values - values.max(-1, keepdim=True).values
-
-
-def highest(plane: str, kl: float, ref_rewards: Tensor) -> float | None:
-    """Return the highest "win_rate" or "reward" of all policies with this KL to the reference.
+def highest_win_rate(kl: float, ref_rewards: Tensor) -> float | None:
+    """Return the highest win rate of all policies with this KL to the reference.
 
     None if fewer than 16 effective samples are left: M rewards are too few that far away.
     """
-    weight = highest_weights(plane, kl, ref_rewards)
-    if weight is None:
-        return None
-    return _attained(weight, ref_rewards)[plane]
-
-
-def highest_weights(plane: str, kl: float, ref_rewards: Tensor) -> Tensor | None:
-    """Return the policy that is the highest at this KL, as weights (P, M) of the M responses."""
-    rewards = ref_rewards.cpu().double()
-    values = rewards
-    if plane == "win_rate":
-        values = vbon.win_rate(rewards, rewards)
-    # If no tilt is that far away, the tilt that keeps only the best responses is the highest: the
-    # rest of the KL brings nothing.
-    t = min(strength(kl, values), LARGEST / _spread(values))
-    weight = (t * _from_the_top(values)).softmax(-1)
-    return weight if _size(weight) >= MIN_SIZE else None
-
-
-def find_beta(ref_rewards: Tensor, n: int, method: str = "kl-rl") -> float:  # (P, M)
-    """Return the β, to three digits, for which the aim of a method has the KL to the reference of
-    best-of-n.
-
-    Raises UnusableInput if there is none, or if too few effective samples are left.
-    """
-    kl = best_of_n(n, ref_rewards)["kl_ref"]
-    instead = "give --beta" if method == "kl-rl" else f"leave out {method}"
-    if method in ("kl-rl", "infalign-ctrl"):
-        t = strength(kl, method_values(method, n, ref_rewards, ref_rewards))
-        beta = 1 / t if t > 0 else math.inf
-    else:
-        beta = _bisect_beta(kl, ref_rewards, n, method)
-    if kl <= 0 or not 0 < beta < math.inf:
-        raise UnusableInput(f"--n {n}: with this reward, no beta of {method} goes as far as "
-                            f"best of {n}; {instead}")
-    size = _size(aim_weights(method, n, beta, ref_rewards))
-    if size < MIN_SIZE:
-        raise UnusableInput(f"--n {n}: beta cannot be found, since the {ref_rewards.shape[1]} "
-                            f"samples of a prompt are worth only {size:.0f} at this distance, want "
-                            f"{MIN_SIZE}; {instead}")
-    return float(f"{beta:.3g}")
-
-
-def _bisect_beta(kl: float, ref_rewards: Tensor, n: int, method: str) -> float:
-    """Return the β of an aim with this KL, or inf: the KL falls as β grows."""
-    spread = _spread(method_values(method, n, ref_rewards, ref_rewards))
-    low = math.log(spread) - 7
-    high = math.log(spread) + 7
-    if _kl(aim_weights(method, n, math.exp(low), ref_rewards)) < kl:
-        return math.inf
-    while high - low > 1e-3:
-        middle = (low + high) / 2
-        if _kl(aim_weights(method, n, math.exp(middle), ref_rewards)) > kl:
-            low = middle
-        else:
-            high = middle
-    return math.exp(middle)
+    beta = bisect_beta(kl, ref_rewards, 1, "highest")
+    found = attained(aim_weights("highest", 1, beta, ref_rewards), ref_rewards)
+    return found["win_rate"] if found["ess"] >= MIN_SIZE else None
 
 # ------------------------------------------------------------------- who wins if it is decoded by N
 
 def decoded_win_rate(reward: Tensor, ref_rewards: Tensor, n: int, own_n: int | None = None
                      ) -> Tensor | None:
-    """Return how often the best of n responses of a policy beats the best of n of the reference.
+    """Return how often the best of own_n (default: n) responses of a policy beats the best of n of
+    the reference.
 
-    reward (P, K) of the policy's responses, ref_rewards (P, M) -> (P,). Unbiased: a mean over all
-    sets of different responses on both sides; a tie counts half. own_n: the number of responses of
-    the policy, if it is not n. None if there are fewer responses.
+    (P, K), (P, M) -> (P,). Unbiased: a mean over all sets of different responses on both sides; a
+    tie counts half. None if there are fewer responses.
     """
     own_n = own_n or n
     if n > ref_rewards.shape[1] or own_n > reward.shape[1]:
@@ -273,38 +105,36 @@ def decoded_win_rate(reward: Tensor, ref_rewards: Tensor, n: int, own_n: int | N
 def wins_over_best(reward: Tensor, ref_rewards: Tensor, n: int) -> Tensor:
     """Return how often y beats the best of n reference responses: (P, K), (P, M) -> (P, K).
 
-    An unbiased estimate of F^n: the share of sets of n whose rewards are all lower; a tie counts
-    half.
+    An unbiased estimate of F^n: the share of sets of n whose rewards are all lower, ties half.
     """
-    less, equal = vbon._count_less_and_equal(reward, ref_rewards)
+    less, equal = vbon.count_less_and_equal(reward, ref_rewards)
     m = ref_rewards.shape[1]
-    return (vbon._share_of_sets(less, n, m) + vbon._share_of_sets(less + equal, n, m)) / 2
+    return (share_of_sets(less, n, m) + share_of_sets(less + equal, n, m)) / 2
 
 
 def decoded_win_rate_of(weight: Tensor, ref_rewards: Tensor, n: int, worst: bool = False
                         ) -> float:  # (P, M), (P, M)
-    """Return the same for a policy with known weights of the M responses, as a mean over prompts.
-
-    worst: both sides return the worst of n instead.
-    """
+    """Return the same for known weights of the M responses, as a mean over prompts; or, if `worst`,
+    how often the worst of n beats the worst of n."""
     rewards = ref_rewards.cpu().double()
     if worst:
         return 1 - decoded_win_rate_of(weight, -rewards, n)
-    below, at_most = _cdf(weight, rewards)
-    # the probability of being the best of n: (4), in sums of products
-    j = vbon._numbers(0, n - 1, weight)
-    chance = weight * (at_most ** (n - 1 - j) * below ** j).sum(0)
-    return (chance * _power_of_cdf(rewards, n)).sum(-1).mean().item()
+    below, at_most = cdf(weight, rewards)
+    # the probability of being the best of n: (4), as a sum of products
+    total = torch.zeros_like(weight)
+    for j in range(n):
+        total += at_most ** (n - 1 - j) * below ** j
+    return (weight * total * power_of_cdf(rewards, n)).sum(-1).mean().item()
 
 
-def _power_of_cdf(rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P, M)
+def power_of_cdf(rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P, M)
     """Return F^n, ties averaged, if the M responses are all there are."""
-    less, equal = vbon._count_less_and_equal(rewards, rewards)
+    less, equal = vbon.count_less_and_equal(rewards, rewards)
     m = rewards.shape[1]
     return ((less / m) ** n + ((less + equal) / m) ** n) / 2
 
 
-def _cdf(weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def cdf(weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the probabilities (P, M) of a lower value, and of one that is lower or equal."""
     values = values.contiguous()
     ordered, order = values.sort(-1)
@@ -319,33 +149,85 @@ def _cdf(weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 AT_BON = ("vbon", "bon-sft", "bond")
 FIXED_POINTS = ("max-at-k", "max-at-k-win", "infalign", "wind")
 WITH_BETA = ("kl-rl", "infalign-ctrl", *FIXED_POINTS, "pessimism")
-KNOWN = (*AT_BON, "bound", "bonbon", *WITH_BETA)
+TILTS = ("kl-rl", "infalign-ctrl", "highest")           # by exp(value / β), in one step
 
 
-def aim(method: str, n: int, beta: float | None, ref_rewards: Tensor) -> dict[str, float] | None:
-    """Return what a policy attains that has reached the target of its method.
+def find_aim(method: str, n: int, ref_rewards: Tensor) -> dict:
+    """Return β (None for a method without it) and what the method aims at; a stage for `keep`.
 
-    As `tilt`; kl_bon, the KL of the target itself to best-of-n; and decoded_win_rate and
-    worst_win_rate, what it wins if it is decoded by best-of-n or worst-of-n. None if fewer than 16
-    effective samples are left.
+    As `aim_of_weights`. Raises UnusableInput as `find_beta`.
     """
-    weight = aim_weights(method, n, beta, ref_rewards)
-    found = _attained(weight, ref_rewards)
-    if found["ess"] < MIN_SIZE:
-        return None
-    if method in AT_BON:
-        found = best_of_n(n, ref_rewards)
+    beta = None
+    if method in WITH_BETA:
+        beta = find_beta(ref_rewards, n, method)
+    found = aim_of_weights(aim_weights(method, n, beta, ref_rewards), n, ref_rewards)
+    if method in AT_BON and found:
+        # with weights, a response competes with itself; here it does not
+        _, wins = bon_attains(ref_rewards, n)
+        found["below_win_rate"] += found["win_rate"] - wins
+        found["win_rate"] = wins
+    return {"beta": beta} | found
+
+
+def aim_of_weights(weight: Tensor, n: int, ref_rewards: Tensor) -> dict[str, float]:
+    """Return what an aim with these weights (P, M) attains; nothing if it has too few effective
+    samples.
+
+    As `attained`; kl_bon, its KL to best-of-n; below_win_rate, how far it is below the highest win
+    rate at its KL; decoded_win_rate and worst_win_rate, if decoded by best-of-n or worst-of-n.
+    """
+    found = attained(weight, ref_rewards)
+    highest = highest_win_rate(found["kl_ref"], ref_rewards)
+    if found["ess"] < MIN_SIZE or highest is None:
+        return {}
     kl_bon = torch.xlogy(weight, weight) - torch.xlogy(weight, bon_weights(n, ref_rewards))
     return found | {"kl_bon": kl_bon.sum(-1).mean().item(),
+                    "below_win_rate": highest - found["win_rate"],
                     "decoded_win_rate": decoded_win_rate_of(weight, ref_rewards, n),
                     "worst_win_rate": decoded_win_rate_of(weight, ref_rewards, n, worst=True)}
 
 
-def aim_weights(method: str, n: int, beta: float | None, ref_rewards: Tensor) -> Tensor:
-    """Return the target of a method, as weights (P, M) of the M responses.
+def find_beta(ref_rewards: Tensor, n: int, method: str) -> float:  # (P, M)
+    """Return the β, to three digits, whose aim is as far from the reference as best-of-n.
 
-    Exact if these are all responses there are, with equal probabilities.
+    Raises UnusableInput if there is none, or if too few effective samples are left.
     """
+    kl = kl_to_reference(bon_weights(n, ref_rewards))
+    beta = float(f"{bisect_beta(kl, ref_rewards, n, method):.3g}")
+    found = attained(aim_weights(method, n, beta, ref_rewards), ref_rewards)
+    if kl <= 0 or found["kl_ref"] < 0.95 * kl:
+        raise UnusableInput(f"{method} at n = {n}: with this reward, no beta takes it as far as "
+                            f"best of {n}; want another n or reward, or leave it out of --method")
+    if found["ess"] < MIN_SIZE:
+        raise UnusableInput(f"{method} at n = {n}: as far away as best of {n}, the "
+                            f"{ref_rewards.shape[1]} held-out samples of a prompt are worth only "
+                            f"{found['ess']:.0f}, want {MIN_SIZE}; give a larger --m-eval")
+    return beta
+
+
+def bisect_beta(kl: float, ref_rewards: Tensor, n: int, method: str) -> float:
+    """Return the β for which an aim has this KL to the reference: the KL falls as β grows.
+
+    If no β takes it that far, it returns a β so small that only the best responses are left.
+    """
+    values = method_values(method, n, ref_rewards, ref_rewards)
+    # in units of the values' own spread: rewards may be of size 1e20 or 1e-20
+    spread = (values.max(-1).values - values.min(-1).values).max().item() or 1.0
+    # the others take long, and do not converge for extreme β
+    reach, precision = (40, 1e-10) if method in TILTS else (7, 1e-3)
+    low = math.log(spread) - reach
+    high = math.log(spread) + reach
+    while high - low > precision:
+        middle = (low + high) / 2
+        if kl_to_reference(aim_weights(method, n, math.exp(middle), ref_rewards)) > kl:
+            low = middle
+        else:
+            high = middle
+    return math.exp(middle)
+
+
+def aim_weights(method: str, n: int, beta: float | None, ref_rewards: Tensor) -> Tensor:
+    """Return the target of a method, if the M responses, equally probable, are all there are."""
     rewards = ref_rewards.cpu().double()
     if method in AT_BON:
         return bon_weights(n, rewards)
@@ -353,19 +235,19 @@ def aim_weights(method: str, n: int, beta: float | None, ref_rewards: Tensor) ->
         return ((n - 1) * vbon.empirical_cdf(rewards, rewards).log()).softmax(-1)
     if method == "bonbon":
         return bonbon_weights(n, rewards)
-    if method not in WITH_BETA:
-        raise ValueError(f"the aim of {method} is unknown")
     values = method_values(method, n, rewards, rewards)
     if method == "infalign":
         # here the M responses are all there are, so F is known
-        values = _power_of_cdf(rewards, n)
+        values = power_of_cdf(rewards, n)
     if method == "pessimism":
-        return pessimism_weights(values, beta)
+        weight = (values - pessimism_threshold(values, beta)).clamp(min=0)
+        return weight / weight.sum(-1, keepdim=True)
     if method == "wind":
-        return fixed_point(lambda weight: sum(_cdf(weight, values)) / 2, beta, values)
+        return fixed_point(lambda weight: sum(cdf(weight, values)) / 2, beta, values)
     if method in FIXED_POINTS:
         return fixed_point(lambda weight: expected_best(weight, values, n), beta, values)
-    return (values / beta).softmax(-1)
+    # the largest value of each prompt becomes 0: the same tilt, without overflow
+    return ((values - values.max(-1, keepdim=True).values) / beta).softmax(-1)
 
 
 def method_values(method: str, n: int, reward: Tensor, ref_rewards: Tensor) -> Tensor:
@@ -380,7 +262,7 @@ def method_values(method: str, n: int, reward: Tensor, ref_rewards: Tensor) -> T
     return wins
 
 
-def fixed_point(phi, beta: float, values: Tensor) -> Tensor:
+def fixed_point(phi: Callable, beta: float, values: Tensor) -> Tensor:
     """Return the weights (P, M) that are ∝ exp(phi(weights) / β).
 
     The plain iteration oscillates, so each step goes only a part of the way, in logs.
@@ -410,12 +292,6 @@ def expected_best(weight: Tensor, values: Tensor, k: int) -> Tensor:  # (P, M)
     above = mass.flip(-1).cumsum(-1).flip(-1) - mass    # Σ over the better ones
     best = ordered * at_most ** (k - 1) + above
     return k * torch.zeros_like(values).scatter(-1, order, best)
-
-
-def pessimism_weights(values: Tensor, beta: float) -> Tensor:  # (P, M)
-    """Return the target of InferenceTimePessimism: weights ∝ relu(value - λ)."""
-    weight = (values - pessimism_threshold(values, beta)).clamp(min=0)
-    return weight / weight.sum(-1, keepdim=True)
 
 
 def pessimism_threshold(values: Tensor, beta: float) -> Tensor:  # (P, M) -> (P, 1)
@@ -469,51 +345,18 @@ def best_and_worst(n: int, rewards: Tensor) -> Tensor:  # (M,) -> (M, M)
     Each of the n is one of the M with equal probability. Ties are broken at random; of n responses
     with the same reward, the best and the worst are two of them.
     """
-    less, equal = vbon._count_less_and_equal(rewards[None], rewards[None])
+    less, equal = vbon.count_less_and_equal(rewards[None], rewards[None])
     m = len(rewards)
     below = less[0] / m
-    size = equal[0] / m
-    at_most = below + size
-
-    def between(high: Tensor, low: Tensor) -> Tensor:
-        """Return the probability that all n are above low_j and below high_i."""
-        return (high[:, None] - low[None, :]).clamp(min=0) ** n
-
+    at_most = below + equal[0] / m
     # all n are in the levels from j to i, but not all above j, and not all below i
-    chance = between(at_most, below) - between(at_most, at_most) - between(below, below)
-    chance = chance + between(below, at_most)
+    chance = all_between(at_most, below, n) - all_between(at_most, at_most, n)
+    chance = chance - all_between(below, below, n) + all_between(below, at_most, n)
     pairs = chance / (equal[0][:, None] * equal[0][None, :])
     # where y_j is better than y_i, there is no such pair
     return torch.where(rewards[:, None] >= rewards[None, :], pairs, 0.0)
 
-# ------------------------------------------------------------------------------------ three curves
 
-def curves(ref_rewards: Tensor) -> dict[str, list[dict[str, float]]]:
-    """Return three curves, as lists of results of `tilt`.
-
-    "best-of-n": n = 1, 2, 3, ... "win_rate", "reward": the highest one at each KL. Each curve ends
-    where fewer than 16 effective samples are left.
-    """
-    found = {"best-of-n": [], "win_rate": [], "reward": []}
-    n = 1
-    while n <= ref_rewards.shape[1]:
-        point = best_of_n(n, ref_rewards)
-        if point["ess"] < MIN_SIZE:
-            break
-        found["best-of-n"].append(point)
-        # from 6 on not every n: it would only make plotting slow
-        n = max(n + 1, round(1.2 * n))
-    rewards = ref_rewards.cpu().double()
-    wins = vbon.win_rate(rewards, rewards)
-    for plane, values in (("win_rate", wins), ("reward", rewards)):
-        found[plane].append(tilt(0 * values, rewards))
-        t = strength(0.001, values)
-        for _ in range(100):
-            if t > LARGEST / _spread(values):
-                break
-            point = tilt(t * _from_the_top(values), rewards)
-            if point["ess"] < MIN_SIZE:
-                break
-            found[plane].append(point)
-            t = 1.1 * t
-    return found
+def all_between(high: Tensor, low: Tensor, n: int) -> Tensor:  # (M,), (M,) -> (M, M)
+    """Return the probability that all n are above the share low_j and below the share high_i."""
+    return (high[:, None] - low[None, :]).clamp(min=0) ** n

@@ -1,0 +1,109 @@
+"""own_method.py: a method of your own, in one file: experiments.compare --method vbon FILE.py.
+
+The file defines a target, log π(y) up to a constant for each prompt, which takes the place of
+log π_bon in vBoN's update. For example, the highest win rate at its KL, π_ref · exp(5 · win rate):
+
+    import vbon
+
+    def target(rollout, ref_rewards, n):
+        return rollout.ref_logprob + 5 * vbon.win_rate(rollout.reward, ref_rewards)
+
+    def weights(ref_rewards, n):
+        return (5 * vbon.win_rate(ref_rewards, ref_rewards)).exp()
+
+rollout has response (P, K, L), reward and ref_logprob (P, K); n grows to N as for vBoN. weights is
+optional: the aim, as weights (P, M) of M reference responses with the rewards ref_rewards; they
+need not sum to 1. Instead of a target, `gradient(policy, reference, reward_fn, batch, n, settings,
+generator)` may take the place of train.vbon_gradient, with the same result: a dict of numbers.
+
+A log target of -inf is refused: its gradient is infinite. For a response that must not occur, return
+rollout.ref_logprob - 30: then it is e^30 times less probable than under the reference.
+"""
+import ast
+import traceback
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+import vbon
+from experiments.methods import target_gradient
+from support.files import UnusableInput, read_text
+from support.kept import digest
+from train import Method
+
+
+class OwnMethod:
+    """A file with a function `target` or `gradient`, and perhaps `weights`.
+
+    Raises UnusableInput, with the line of the file, for whatever goes wrong in it.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self.name = Path(path).stem
+        self.source = read_text(Path(path))
+        self.functions = vars(types.ModuleType(self.name))
+        self.call(self.load)
+        self.mark = digest(ast.dump(ast.parse(self.source)))    # comments and layout do not count
+        if not {"target", "gradient"}.intersection(self.functions):
+            raise UnusableInput(f"--method {path}: want a function target(rollout, ref_rewards, n), "
+                                f"or gradient; experiments/own_method.py has an example")
+
+    def load(self) -> None:
+        """Run the file."""
+        exec(compile(self.source, self.path, "exec"), self.functions)
+
+    def call(self, function: Callable, *args: object):
+        """Call a function; its exceptions become UnusableInput."""
+        try:
+            return function(*args)
+        except (Exception, SystemExit) as error:
+            place = self.path
+            if isinstance(error, SyntaxError):
+                place = f"{self.path}:{error.lineno}"
+            for frame in traceback.extract_tb(error.__traceback__):
+                if frame.filename == self.path:
+                    place = f"{self.path}:{frame.lineno}"
+            raise UnusableInput(f"--method {place}: {type(error).__name__}: {error}") from None
+
+    def choose_method(self, name: str, n: int, beta: None) -> Method:
+        """Return it for train.fine_tune. Another code of the file is another method for `keep`."""
+        return Method(f"{name} n={n}", (name, self.mark, n), self.gradient)
+
+    def gradient(self, *args: object) -> dict[str, float]:
+        """Call `gradient` of the file, or follow its target; arguments of train.vbon_gradient."""
+        if "gradient" not in self.functions:
+            return target_gradient(*args, target=self.target, beta=None)
+        stats = self.call(self.functions["gradient"], *args)
+        if not isinstance(stats, dict):
+            raise UnusableInput(f"--method {self.path}: gradient: want a dict of numbers")
+        return stats
+
+    def target(self, rollout: vbon.Rollout, ref_rewards: Tensor, n: int, beta: None) -> Tensor:
+        """Return the target (P, K) of the file, checked."""
+        found = self.call(self.functions["target"], rollout, ref_rewards, n)
+        return self.call(checked, found, "target", rollout.reward)
+
+    def weights(self, ref_rewards: Tensor, n: int) -> Tensor | None:
+        """Return the aim as weights (P, M) that sum to 1 for each prompt; None if unknown."""
+        if "weights" not in self.functions:
+            return None
+        found = self.call(self.functions["weights"], ref_rewards, n)
+        found = self.call(checked, found, "weights", ref_rewards)
+        return found / found.sum(-1, keepdim=True)
+
+
+def checked(found: object, name: str, like: Tensor) -> Tensor:
+    """Return what a function has returned, in float64. Raises ValueError for what is unusable."""
+    if not isinstance(found, Tensor) or found.shape != like.shape:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"{name}: want a tensor {tuple(like.shape)}, got {got}")
+    found = found.detach().cpu().double()
+    if name == "weights" and not (found.min() >= 0 and found.sum(-1).min() > 0):
+        raise ValueError("weights: want numbers >= 0, not all 0")
+    if not found.isfinite().all():
+        raise ValueError(f"{name}: want finite numbers; for a response that must not occur, the "
+                         f"target is rollout.ref_logprob - 30")
+    return found
