@@ -137,7 +137,7 @@ says()                                          # refused, the edited code is in
     ids=["python", "ipython"])
 def test_an_edited_file_is_refused_until_the_edit_is_taken_back(program, wanted, tmp_path):
     if "IPython" in program:
-        pytest.importorskip("IPython", reason="needs IPython")
+        pytest.importorskip("IPython")
     for name in ("vbon", "model", "reward", "train"):
         shutil.copy(HERE / f"{name}.py", tmp_path)
     shutil.copytree(HERE / "support", tmp_path / "support", ignore=shutil.ignore_patterns("*.pyc"))

@@ -13,7 +13,7 @@ from support.files import UnusableInput
 from support.huggingface import save_model
 from support.inputs import Inputs, Pretrained
 from support.options import make_parser
-from support.settings import all_fields, change, choose_settings, flag, flat
+from support.settings import all_fields, choose_settings, flag, flat
 from support.tokenizer import save_tokenizer, train_tokenizer
 
 DEFAULTS = train.Settings()
@@ -89,30 +89,33 @@ def test_each_setting_is_a_flag_that_takes_its_least_value_and_no_smaller_one(fi
         choose(1, flags=[flag(field.name), least - 1])
 
 
-QUICK = dict(lm_steps=10, epochs=1, prompts=8, m=16, held_prompts=8, m_eval=64, steps=3, batch=4,
-             k=4, k_eval=8)
-DATA = dict(lm_lr=3e-3, epochs=6, m=128, steps=600, length=0)
-INIT = dict(vocab=50, layers=3, heads=2, width=16, lm_lr=5e-5, prompts=256, m=64, held_prompts=32,
-            steps=250)
 TEXTS = [("a text", 0)] * 10_000
 SMALL = Pretrained(GPT(50, 12, n_layer=3, n_head=2, n_embd=16), None)
 
 
-@pytest.mark.parametrize("given, changed", [
-    (dict(n=8), {}),
-    (dict(n=9, reviews=TEXTS[:1200]),                   # above 8, three times the updates
-     DATA | dict(reviews=1200, vocab=512, lm_steps=400, steps=1800)),
-    (dict(reviews=TEXTS), DATA | dict(reviews=10_000, vocab=2048, lm_steps=2000)),
-    (dict(reviews=TEXTS[:4003]), DATA | dict(reviews=4003, vocab=1000, lm_steps=1334)),
-    (dict(pretrained=SMALL), INIT | dict(lm_steps=150, length=8)),      # as much as has room
-    (dict(reviews=TEXTS[:6049], pretrained=SMALL),
-     DATA | INIT | dict(reviews=6049, lm_steps=120)),
-    (dict(flags=["--quick"]), QUICK | dict(reviews=600, vocab=400, width=32)),
+@pytest.mark.parametrize("given, wanted", [
+    (dict(n=8), dict(steps=90)),
+    (dict(n=9), dict(steps=270)),                       # three times the updates
+    (dict(n=9, reviews=TEXTS), dict(reviews=10_000, vocab=2048, lm_steps=2000, steps=1800)),
+    (dict(reviews=TEXTS[:1200]), dict(reviews=1200, vocab=512, lm_steps=400, steps=600)),
+    (dict(reviews=TEXTS[:4003]), dict(vocab=1000, lm_steps=1334, length=0)),
+    # a given model has its sizes, and its room
+    (dict(pretrained=SMALL), dict(vocab=50, layers=3, heads=2, width=16, lm_steps=150, length=8)),
+    (dict(reviews=TEXTS[:6049], pretrained=SMALL), dict(vocab=50, lm_steps=120, length=0)),
+    (dict(flags=["--quick"]), dict(steps=3, reviews=600, vocab=400, width=32)),
+    (dict(flags=["--quick"], reviews=TEXTS, pretrained=SMALL), dict(reviews=10_000, vocab=50)),
     # what the command line gives goes before everything
-    (dict(n=9, reviews=TEXTS, flags=["--quick", "--steps", 7, "--m", 8, "--length", 9]),
-     DATA | QUICK | dict(reviews=10_000, vocab=400, width=32, steps=7, m=8, length=9)),
+    (dict(n=9, reviews=TEXTS, flags=["--quick", "--steps", 7, "--length", 9]),
+     dict(steps=7, length=9)),
 ])
-def test_text_model_n_and_flags_change_these_settings_and_no_others(given, changed, capsys):
-    assert choose(**given) == change(DEFAULTS, **changed)
-    few = "note: 8 reference samples are few for n = 9; raise --m\n"
-    assert capsys.readouterr().out == (few if changed.get("m") == 8 else "")
+def test_settings_follow_text_model_n_and_flags(given, wanted):
+    found = flat(choose(**given))
+    assert found == found | wanted
+    assert {type(x) for x in found.values()} == {int, float}
+
+
+def test_fewer_reference_samples_than_n_are_noted(capsys):
+    choose(9, flags=["--m", 9])
+    assert capsys.readouterr().out == ""
+    choose(9, flags=["--m", 8])
+    assert capsys.readouterr().out == "note: 8 reference samples are few for n = 9; raise --m\n"

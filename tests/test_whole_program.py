@@ -1,9 +1,7 @@
-"""The program as a process; and on a world that is small enough to enumerate: its table must say
-what is true.
+"""The program as a process; and on a world that is small enough to enumerate.
 
 The model of this world is a GPT-2 folder that only ever writes a, b, c and end-of-text. With three
-tokens, each prompt has 40 responses. Their probabilities are known, and so is all that the table
-estimates.
+tokens, each prompt has 40 responses of known probability: so all that the table estimates is known.
 """
 import itertools
 import os
@@ -17,7 +15,7 @@ import torch
 from running import HERE, read_lines, read_rows, run
 
 import vbon
-from model import GPT
+from model import GPT, response_mask
 from support import options
 from support.huggingface import load_model, save_model
 from support.tokenizer import save_tokenizer, train_tokenizer
@@ -92,14 +90,13 @@ def write_world(folder):
 
 def all_responses():
     """All 40 responses (1, 40, 3), padded with end-of-text, and their rewards (40,)."""
-    found = {}
-    for ids in itertools.product(LETTERS, repeat=3):
-        if EOT in ids:
-            ids = ids[:ids.index(EOT)]
-        text = "".join(chr(i) for i in ids)
-        found[ids + (EOT,) * (3 - len(ids))] = (
-            2 * text.count("a") - text.count("b") + (text == "cab"))
-    return torch.tensor(list(found))[None], torch.tensor(list(found.values())).double()
+    letters = torch.tensor(LETTERS)
+    strings = torch.cartesian_prod(letters, letters, letters)
+    strings = strings.masked_fill(~response_mask(strings, EOT), EOT).unique(dim=0)
+    texts = [bytes(i for i in ids if i != EOT).decode() for ids in strings.tolist()]
+    names = {}
+    exec(REWARD, names)
+    return strings[None], torch.tensor(names["reward"](None, texts)).double()
 
 
 @torch.no_grad()
