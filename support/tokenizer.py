@@ -127,8 +127,8 @@ NEUTRAL = ("vocab", "merges", "direction", "pad_id", "pad_type_id", "pad_token",
 def pretrained_encoding(source: str | Path) -> tiktoken.Encoding:
     """Return GPT-2's tokenizer, downloaded by tiktoken, or that of a Hugging Face folder.
 
-    A folder has tokenizer.json, or vocab.json and merges.txt. Raises UnusableInput unless this
-    encoder gives the ids that other libraries give.
+    A folder has tokenizer.json, or vocab.json and merges.txt. Raises UnusableInput if a text
+    without "<|endoftext|>" would get other ids than in other libraries.
     """
     if str(source) in PRETRAINED:
         return tiktoken.get_encoding("gpt2")
