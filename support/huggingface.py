@@ -206,13 +206,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors in float32, in the format that `read_safetensors` describes."""
     header = {"__metadata__": {"format": "pt"}}
-    data = bytearray()
+    end = 0
     for name, x in tensors.items():
-        begin = len(data)
-        data += x.detach().cpu().float().contiguous().numpy().tobytes()
-        header[name] = {"dtype": "F32", "shape": list(x.shape), "data_offsets": [begin, len(data)]}
+        begin, end = end, end + 4 * x.numel()
+        header[name] = {"dtype": "F32", "shape": list(x.shape), "data_offsets": [begin, end]}
     head = json.dumps(header).encode("utf-8")
     # the data begin at a multiple of 8 bytes
     head += b" " * (-len(head) % 8)
     with open(path, "wb") as file:
-        file.writelines([len(head).to_bytes(8, "little"), head, data])
+        file.write(len(head).to_bytes(8, "little") + head)
+        for x in tensors.values():
+            file.write(x.detach().cpu().float().contiguous().numpy().tobytes())

@@ -27,18 +27,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     frequent pair of adjacent tokens. End-of-text is last. The vocabulary is smaller than
     `vocab_size` if no pairs are left.
     """
-    counts = Counter(word for text in texts for word in re.findall(PATTERN, text))
+    counts = Counter()
+    for text in texts:
+        counts.update(re.findall(PATTERN, text))
     # each distinct word as a list of tokens, which are its bytes at first
     words = []
-    for word, count in counts.items():
-        parts = [bytes([b]) for b in word.encode("utf-8")]
-        words.append((parts, count))
-    ranks = {bytes([b]): b for b in range(256)}
     # how often each pair of adjacent tokens occurs, and in which words
     pairs = Counter()
     where = defaultdict(set)
-    for i in range(len(words)):
+    for i, (word, count) in enumerate(counts.items()):
+        parts = [bytes([b]) for b in word.encode("utf-8")]
+        words.append((parts, count))
         _count_pairs(words[i], i, pairs, where)
+    ranks = {bytes([b]): b for b in range(256)}
     while len(ranks) < vocab_size - 1:
         best = max(pairs, key=pairs.get, default=None)
         if not pairs[best]:
@@ -87,11 +88,7 @@ def encode(encoding: tiktoken.Encoding, texts: Iterable[str], length: int) -> Te
 
 def pad(rows: Iterable[list[int]], length: int, eot: int) -> Tensor:
     """Return token ids (R, length): each row truncated, or padded with end-of-text."""
-    table = []
-    for row in rows:
-        row = row[:length]
-        table.append(row + [eot] * (length - len(row)))
-    return torch.tensor(table)
+    return torch.tensor([row[:length] + [eot] * (length - len(row)) for row in rows])
 
 
 def decode(encoding: tiktoken.Encoding, ids: list[int]) -> str:
@@ -167,8 +164,8 @@ def _read_encoding(path: Path, content: dict) -> tiktoken.Encoding:
     vocabulary = content["model"]["vocab"]
     tokens = sorted(vocabulary, key=vocabulary.get)
     ids = {token: i for i, token in enumerate(tokens)}
-    are_bytes = set(tokens[:256]) == set("".join(tokens[:-1])) == set(LETTERS)
-    if not are_bytes or tokens[-1] != END or vocabulary != ids:
+    bytes_first = set(tokens[:256]) == set("".join(tokens[:-1])) == set(LETTERS)
+    if not bytes_first or tokens[-1] != END or vocabulary != ids:
         raise UnusableInput(f"{path}: want the ids 0 to 255 for the 256 bytes, the last one for "
                             f"{END}, and none left out")
     del ids[END]
