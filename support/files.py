@@ -37,10 +37,7 @@ def read_json(path: Path) -> dict:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, then rename it.
-
-    A reader sees the old content or the new one, never a part.
-    """
+    """Write a file, and its folder. A reader sees the old content or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
@@ -50,6 +47,11 @@ def write_whole(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON object, indented."""
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode("utf-8"))
+
+
 def write_lines(path: Path, rows: list[dict]) -> None:
     """Write a file with one JSON object a line."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -57,11 +59,9 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder and its cache, and write into both. Raises UnusableInput.
-
-    A .gitignore keeps results out of the user's repository.
-    """
+    """Make the folder and its cache. Raises UnusableInput if one cannot be written into."""
     try:
+        # keeps results out of the user's repository
         for place in (folder / "cache", folder):
             write_whole(place / ".gitignore", b"*\n")
     except OSError as error:

@@ -1,7 +1,6 @@
 """Hugging Face folders of a GPT-2: config.json, and weights in safetensors or pytorch_model.bin."""
 import json
 import mmap
-import shutil
 import urllib.request
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model import ACTIVATIONS, GPT
-from support.files import UnusableInput, read_json
+from support.files import UnusableInput, read_json, write_json
 
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 DOWNLOAD = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
@@ -51,9 +50,6 @@ def load_model(source: str | Path) -> GPT:
     if config["tied"] and "wte.weight" in weights:
         # most files omit the head, since it is the token embedding
         weights.setdefault("lm_head.weight", weights["wte.weight"])
-    if config["n_layer"] > len(weights):
-        raise UnusableInput(f"{folder}: want {config['n_layer']} layers, as config.json says, got "
-                            f"{len(weights)} tensors")
     with torch.device("meta"):                                   # shapes only, no memory yet
         model = GPT(**config)
     found = {name: list(x.shape) for name, x in weights.items()}
@@ -77,8 +73,6 @@ def is_finite(x: object) -> bool:
 
 def save_model(model: GPT, folder: str | Path) -> None:
     """Write config.json and model.safetensors, as Hugging Face's GPT2LMHeadModel reads them."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = {theirs: model.config[ours] for ours, theirs in SIZES.items()} | FIXED | {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -87,14 +81,14 @@ def save_model(model: GPT, folder: str | Path) -> None:
         "tie_word_embeddings": model.config["tied"],
         **dict.fromkeys(END_IDS, model.eot),
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(folder, "config.json"), config)
     tensors = {}
     for name, x in model.state_dict().items():
         tensors["transformer." + name] = x.T if name.endswith(TRANSPOSED) else x
     head = tensors.pop("transformer.lm_head.weight")
     if not model.config["tied"]:
         tensors["lm_head.weight"] = head
-    write_safetensors(folder / "model.safetensors", tensors)
+    write_safetensors(Path(folder, "model.safetensors"), tensors)
 
 
 def save_generation_config(folder: str | Path, model: GPT, max_length: int) -> None:
@@ -107,8 +101,7 @@ def save_generation_config(folder: str | Path, model: GPT, max_length: int) -> N
         "max_length": min(max_length, model.config["block_size"]),
         **dict.fromkeys(END_IDS, model.eot),
     }
-    path = Path(folder, "generation_config.json")
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(folder, "generation_config.json"), config)
 
 
 def download_pretrained(name: str) -> Path:
@@ -125,15 +118,11 @@ def download(url: str, path: Path) -> None:
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url) as response, open(part, "wb") as file:
-            shutil.copyfileobj(response, file)
-            announced = response.headers["Content-Length"]
+        urllib.request.urlretrieve(url, part)       # an error, too, if fewer bytes come than announced
+        part.replace(path)
     except OSError as error:
         raise UnusableInput(f"{url}: {error} (set TORCH_HOME to download to another folder)"
                             ) from None
-    if announced is not None and part.stat().st_size != int(announced):
-        raise UnusableInput(f"{url}: cut short at {part.stat().st_size} of {announced} bytes")
-    part.replace(path)
 
 
 def check_values(path: Path, found: dict, known: dict[str, list]) -> None:

@@ -1,8 +1,7 @@
 """Finished stages, kept in files. A stage runs again only if something that it depends on changed.
 
 A file's name is made from the arguments of its stage and the source of the modules that compute its
-numbers. So a run that was killed continues after the last finished stage, or after the last update
-of fine-tuning; and after an edit, the stages run again that name the edited module.
+numbers. A run that was killed continues after the last finished stage or update of fine-tuning.
 """
 import ast
 import dataclasses
@@ -25,18 +24,17 @@ from support.files import UnusableInput, write_whole
 # ------------------------------------------------------------------ the source of all that computes
 
 ROOT = Path(__file__).parent.parent
+OURS = ("vbon.py", "model.py", "reward.py", "train.py", "support/*.py", "experiments/*.py")
 
 
 def read_sources() -> dict[str, str]:
     """Return the sources of our modules by name: "vbon", "support.text", ..."""
-    files = [ROOT / f"{name}.py" for name in ("vbon", "model", "reward", "train")]
-    for folder in ("support", "experiments"):
-        files += sorted((ROOT / folder).glob("*.py"))
     sources = {}
-    for file in files:
-        if file.exists() and not file.stem.startswith("test_"):
-            name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-            sources[name] = file.read_text(encoding="utf-8")
+    for pattern in OURS:
+        for file in sorted(ROOT.glob(pattern)):
+            if not file.stem.startswith("test_"):
+                name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+                sources[name] = file.read_text(encoding="utf-8")
     return sources
 
 
@@ -48,10 +46,10 @@ def check_sources() -> None:
 
     Otherwise numbers of the old code could be kept under the name of the new one, or the reverse.
     """
+    now = read_sources()
     for name, source in SOURCES.items():
         path = ROOT / (name.replace(".", "/") + ".py")
-        edited = not path.exists() or path.read_text(encoding="utf-8") != source
-        if edited or not set(_code_in_memory(name)) <= _code_of(source, str(path)):
+        if now.get(name) != source or not set(_code_in_memory(name)) <= _code_of(source, str(path)):
             raise UnusableInput(f"{path.name} was edited after its import: restart Python")
 
 
@@ -69,7 +67,6 @@ def _code_in_memory(name: str) -> Iterator[types.CodeType]:
             yield code
 
 
-@functools.cache
 def _code_of(source: str, file: str) -> set[types.CodeType]:
     """Return the code of all functions in a source."""
     found = [compile(source, file, "exec")]
@@ -86,7 +83,7 @@ def syntax(name: str) -> str:
 
 def code_mark() -> str:
     """Return a short name for all of our code, for the lines of results.jsonl."""
-    return digest([SOURCES[name] for name in sorted(SOURCES)])
+    return digest(SOURCES)
 
 # ------------------------------------------------------------------------ short names for contents
 
@@ -136,8 +133,8 @@ def keep(cache: Path, name: str, stage: Callable[..., dict], *args: object, code
     """Return stage(*args), from a file in the folder `cache` if it was made before.
 
     code: the names of the modules whose code makes the numbers. A resumable stage gets one more
-    argument, before the others: the path of a checkpoint, from which it may continue. The
-    checkpoint is removed at the end. Models in the result are on the CPU.
+    argument, before the others: the path of a checkpoint, from which it may continue. Models in the
+    result are on the CPU.
     """
     key = digest(torch.__version__, [syntax(module) for module in code], args)
     path = cache / f"{name}-{key}.pt"

@@ -1,5 +1,4 @@
 """Tokens: a byte-pair trainer, tiktoken's encoder, the tokenizer files of Hugging Face folders."""
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -10,7 +9,7 @@ import torch
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
-from support.files import UnusableInput, read_json, read_text
+from support.files import UnusableInput, read_json, read_text, write_json
 from support.huggingface import PRETRAINED, check_values
 
 END = "<|endoftext|>"
@@ -32,34 +31,31 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
         counts.update(re.findall(PATTERN, text))
     # each distinct word as a list of tokens, which are its bytes at first
     words = []
+    for word, count in counts.items():
+        parts = [bytes([b]) for b in word.encode("utf-8")]
+        words.append((parts, count))
+    ranks = {bytes([b]): b for b in range(256)}
     # how often each pair of adjacent tokens occurs, and in which words
     pairs = Counter()
     where = defaultdict(set)
-    for i, (word, count) in enumerate(counts.items()):
-        parts = [bytes([b]) for b in word.encode("utf-8")]
-        words.append((parts, count))
-        _count_pairs(words[i], i, pairs, where)
-    ranks = {bytes([b]): b for b in range(256)}
-    while len(ranks) < vocab_size - 1:
+    changed = range(len(words))
+    while True:
+        for i in changed:
+            parts, count = words[i]
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += count
+                where[pair].add(i)
         best = max(pairs, key=pairs.get, default=None)
-        if not pairs[best]:
-            break
+        if len(ranks) >= vocab_size - 1 or not pairs[best]:
+            return make_encoding(ranks)
         ranks[best[0] + best[1]] = len(ranks)
-        for i in where.pop(best):
+        # only words with this pair change: take their old pairs out of the counts
+        changed = where.pop(best)
+        for i in changed:
             parts, count = words[i]
             for pair in zip(parts, parts[1:]):
                 pairs[pair] -= count
             _merge(parts, best)
-            _count_pairs(words[i], i, pairs, where)
-    return make_encoding(ranks)
-
-
-def _count_pairs(word: tuple[list[bytes], int], i: int, pairs: Counter, where: dict) -> None:
-    """Add the pairs of word i to the counts."""
-    parts, count = word
-    for pair in zip(parts, parts[1:]):
-        pairs[pair] += count
-        where[pair].add(i)
 
 
 def _merge(parts: list[bytes], pair: tuple[bytes, bytes]) -> None:
@@ -232,10 +228,9 @@ def save_tokenizer(encoding: tiktoken.Encoding, folder: str | Path, max_length: 
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
-    files = {"tokenizer.json": json.dumps(content), "tokenizer_config.json": json.dumps(settings)}
+    write_json(Path(folder, "tokenizer.json"), content)
+    write_json(Path(folder, "tokenizer_config.json"), settings)
     if encoding.name == "gpt2":
         lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-        files["vocab.json"] = json.dumps(vocabulary)
-        files["merges.txt"] = "\n".join(lines) + "\n"
-    for name, text in files.items():
-        Path(folder, name).write_text(text, encoding="utf-8")
+        write_json(Path(folder, "vocab.json"), vocabulary)
+        Path(folder, "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
