@@ -6,12 +6,11 @@ numbers. A run that was killed continues after the last finished stage or update
 import ast
 import dataclasses
 import functools
+import gc
 import hashlib
-import inspect
 import io
-import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import tiktoken
@@ -47,29 +46,20 @@ def check_sources() -> None:
     Otherwise numbers of the old code could be kept under the name of the new one, or the reverse.
     """
     now = read_sources()
+    functions = [x for x in gc.get_objects() if type(x) is types.FunctionType]
+    ours = [x for x in functions if x.__module__ in SOURCES]
     for name, source in SOURCES.items():
         path = ROOT / (name.replace(".", "/") + ".py")
-        if now.get(name) != source or not set(_code_in_memory(name)) <= _code_of(source, str(path)):
+        loaded = {x.__code__ for x in ours if x.__module__ == name}
+        # others are made by a decorator of the standard library
+        loaded = {code for code in loaded if Path(code.co_filename) == path}
+        if now.get(name) != source or not loaded <= _code_of(source):
             raise UnusableInput(f"{path.name} was edited after its import: restart Python")
 
 
-def _code_in_memory(name: str) -> Iterator[types.CodeType]:
-    """Yield the code of the functions and methods that a module's file has defined."""
-    module = sys.modules.get(name)
-    defined = list(vars(module).values()) if module is not None else []
-    for thing in list(defined):
-        if inspect.isclass(thing) and thing.__module__ == name:
-            defined += vars(thing).values()
-    for thing in defined:
-        code = getattr(inspect.unwrap(thing), "__code__", None)
-        # others are imported, or made by a decorator of the standard library
-        if code is not None and code.co_filename == module.__file__:
-            yield code
-
-
-def _code_of(source: str, file: str) -> set[types.CodeType]:
+def _code_of(source: str) -> set[types.CodeType]:
     """Return the code of all functions in a source."""
-    found = [compile(source, file, "exec")]
+    found = [compile(source, "", "exec")]
     for code in found:
         found += [x for x in code.co_consts if isinstance(x, types.CodeType)]
     return set(found)
@@ -79,11 +69,6 @@ def _code_of(source: str, file: str) -> set[types.CodeType]:
 def syntax(name: str) -> str:
     """Return the syntax tree of a module: comments and layout do not count."""
     return ast.dump(ast.parse(SOURCES[name]))
-
-
-def code_mark() -> str:
-    """Return a short name for all of our code, for the lines of results.jsonl."""
-    return digest(SOURCES)
 
 # ------------------------------------------------------------------------ short names for contents
 

@@ -56,8 +56,7 @@ def train_reference(initial: GPT | None, vocab_size: int, tokens: Tensor, unseen
 
 
 def lm_loss(model: GPT, tokens: Tensor) -> Tensor:  # (B, T) -> ()
-    """Mean cross-entropy per token, in nats. The first token is not predicted; the first
-    end-of-text is."""
+    """Return the mean cross-entropy, in nats, of tokens 2, 3, ... and the first end-of-text."""
     mask = response_mask(tokens, model.eot)[:, 1:]
     states = model.states(tokens[:, :-1])
     return functional.cross_entropy(model.lm_head(states[mask]), tokens[:, 1:][mask])

@@ -13,7 +13,7 @@ from reward import Classifier
 from support.files import UnusableInput, write_json, write_lines, write_whole
 from support.huggingface import load_model, save_generation_config, save_model
 from support.inputs import Inputs, choose_device
-from support.kept import code_mark, digest, load, save
+from support.kept import SOURCES, digest, load, save
 from support.own_reward import OwnReward, RewardFile
 from support.report import plot_run
 from support.reviews import normalise
@@ -101,7 +101,7 @@ def describe(settings, text: Text, inputs: Inputs, quick: bool) -> dict:
     # a small text may have fewer tokens and prompts than the settings ask for
     found = {"vocab": text.encoding.n_vocab, "length": text.length, "prompts": len(text.prompts),
              "held_prompts": len(text.held_prompts)}
-    return flat(settings) | inputs.described() | found | {"quick": quick, "code": code_mark()}
+    return flat(settings) | inputs.described() | found | {"quick": quick, "code": digest(SOURCES)}
 
 # ------------------------------------------------------------------------------------ responses
 
@@ -127,7 +127,7 @@ def response_records(method: str, use: str, prompts: Tensor, found: dict,
     """Return a record for each response: texts, reward, and log-probabilities in nats.
 
     found: response (P, K, L); reward, logprob, ref_logprob and token_kl (P, K). logprob is that of
-    the method which sampled the response. The means over these records are the rows of the table.
+    the method which sampled the response.
     """
     names = ("reward", "logprob", "ref_logprob", "token_kl")
     numbers = {name: found[name].tolist() for name in names}
@@ -167,8 +167,7 @@ def one_line(text: str) -> str:
 def export_model(folder: Path, model: GPT, encoding: tiktoken.Encoding, row: dict) -> None:
     """Write a Hugging Face folder: model, tokenizer, and settings.json with the settings of `row`.
 
-    With its generation_config.json, transformers samples from the model's own distribution. The
-    folder is complete when settings.json, which is written last, is there.
+    The folder is complete when settings.json, which is written last, is there.
     """
     settings = settings_of(row) | {"weights": digest(model.state_dict())}
     last = folder / "settings.json"

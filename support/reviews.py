@@ -125,24 +125,18 @@ def load_reviews(folder: str | Path, labelled: bool = True) -> list[Review]:
     """
     root = Path(folder)
     labels = {"pos": 1, "neg": 0}
-    for name in ("prompts", "texts"):                   # prompts.txt is the old name
-        if not labelled and any(root.glob(f"{name}.txt")):
-            labels = {name: 0}
+    if not labelled and (root / "texts.txt").exists():
+        labels = {"texts": 0}
     reviews = {}                                        # by what repeated texts have in common
     for name, label in labels.items():
+        before = len(reviews)
         for text in _read_texts(root, name):
-            first = reviews.setdefault(text.casefold(), (text, label))
-            if first[1] != label:
-                reviews[text.casefold()] = (text, None)
-    kept = [review for review in reviews.values() if review[1] is not None]
-    if len(kept) < len(reviews):
-        print(f"  {len(reviews) - len(kept)} texts have both labels and are dropped")
-    for name, label in labels.items():
-        count = sum(1 for review in kept if review[1] == label)
+            reviews.setdefault(text.casefold(), (text, label))
+        count = len(reviews) - before
         if count < MIN_REVIEWS:
             raise UnusableInput(f"--data {folder}: want at least {MIN_REVIEWS} different texts in "
                                 f"{name}, got {count}")
-    return kept
+    return list(reviews.values())
 
 
 def _read_texts(root: Path, name: str) -> list[str]:

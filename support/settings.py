@@ -45,8 +45,7 @@ def choose_settings(s, args: argparse.Namespace, n: int, inputs: Inputs):
 
     Raises UnusableInput for flags that do not fit the text and the model.
     """
-    given = {field.name: getattr(args, field.name) for field in all_fields(s)
-             if getattr(args, field.name) is not None}
+    given = {name: getattr(args, name) for name in flat(s) if getattr(args, name) is not None}
     prompt_tokens = given.get("prompt_tokens", s.text.prompt_tokens)
     if inputs.reviews is not None:
         # real text has more distinct words and sentences than the built-in one: more of everything

@@ -77,10 +77,5 @@ def make_text(reviews: list | None, pretrained: Pretrained | None, settings, see
 
 def is_prompt(encoding: tiktoken.Encoding, ids: list[int]) -> bool:
     """True if these tokens are the start of a longer text, and end with a complete character."""
-    if encoding.eot_token in ids:
-        return False
-    try:
-        encoding.decode_bytes(ids).decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
+    # decode writes U+FFFD for a part of a character
+    return encoding.eot_token not in ids and "\ufffd" not in encoding.decode(ids)

@@ -52,7 +52,7 @@ def write_world(folder):
     (folder / "world" / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     lines = [first + second for first in string.ascii_lowercase for second in "vwxyz"]
     (folder / "texts").mkdir()
-    (folder / "texts" / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "texts" / "texts.txt").write_text("\n".join(lines), encoding="utf-8")
     (folder / "own.py").write_text(REWARD, encoding="utf-8")
 
 
@@ -101,10 +101,10 @@ def world(tmp_path_factory):
         "--prompt-tokens", 1, "--length", 3, "--steps", 120, cwd=folder)
     assert (status, error) == (0, "")
     # the held-out prompts are a quarter of the 26 first letters
-    text = (folder / "out" / "held-out-prompts-seed0.jsonl").read_text(encoding="utf-8")
+    text = (folder / "out" / f"responses-policy-n{n}-seed0.jsonl").read_text(encoding="utf-8")
     reference = load_model(folder / "world")
     policy = load_model(folder / "out" / f"policy-n{n}-seed0")
-    prompts = [json.loads(line)["prompt"] for line in text.splitlines()]
+    prompts = list(dict.fromkeys(json.loads(line)["prompt"] for line in text.splitlines()))
     _, reward = all_responses()
     exact = {"ref": [], "bon": [], "vbon": []}
     for letter in prompts:
