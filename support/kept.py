@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from model import GPT
 from support.files import UnusableInput, write_whole
 
-# ------------------------------------------------------------------ the source of all that computes
-
 ROOT = Path(__file__).parent.parent
 OURS = ("vbon.py", "model.py", "reward.py", "train.py", "support/*.py", "experiments/*.py")
 
@@ -70,14 +68,12 @@ def syntax(name: str) -> str:
     """Return the syntax tree of a module: comments and layout do not count."""
     return ast.dump(ast.parse(SOURCES[name]))
 
-# ------------------------------------------------------------------------ short names for contents
 
 def digest(*parts: object) -> str:
     """Return 12 hexadecimal digits that name these contents, today and in another process.
 
-    A model counts by its config, its weights and the type of its device, a tokenizer by its tokens,
-    and an object with a method `depends_on` by what this returns. Raises TypeError for anything
-    whose content is unknown.
+    A model counts by its config, weights and type of device, a tokenizer by its tokens, an object
+    with a method `depends_on` by what this returns. Raises TypeError for others.
     """
     total = hashlib.sha256()
     for part in parts:
@@ -111,7 +107,6 @@ def _add(total, part: object) -> None:
     else:
         raise TypeError(f"the content of a {type(part).__name__} is unknown")
 
-# ------------------------------------------------------------------------------------------- stages
 
 def keep(cache: Path, name: str, stage: Callable[..., dict], *args: object, code: tuple[str, ...],
          resumable: bool = False) -> dict:
@@ -171,10 +166,7 @@ def save_checkpoint(path: Path, step: int, trained: list[Tensor], optimizer, his
 
 
 def resume(path: Path, trained: list[Tensor], optimizer) -> tuple[int, list[dict], float]:
-    """Set the trained parameters and the optimizer from a checkpoint, if there is one.
-
-    Returns the number of finished steps, the history and the seconds that they took.
-    """
+    """Continue from a checkpoint, if any. Return the finished steps, the history, the seconds."""
     saved = load(path)
     if saved is None:
         return 0, [], 0.0

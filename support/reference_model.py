@@ -16,9 +16,8 @@ def train_reference(initial: GPT | None, vocab_size: int, tokens: Tensor, unseen
                     settings, seed: int, device: str) -> dict:
     """Train a language model on tokens (R, T) by maximum likelihood; a stage for `keep`.
 
-    It starts from a copy of `initial`, or from random weights. settings: layers, heads, width,
-    lm_steps, lm_batch, lm_lr. Returns the model, and "nats", its mean cross-entropy per token on
-    unseen_tokens (R', T).
+    It starts from a copy of `initial`, or from random weights. Returns the model, and "nats", its
+    mean cross-entropy per token on unseen_tokens (R', T).
     """
     if initial is not None:
         model = copy.deepcopy(initial)

@@ -29,7 +29,8 @@ def show_progress(label: str, done: int, total: int, began: float, stats: dict |
     for name, value in (stats or {}).items():
         line += f"  {name} {value:.2f}"
     line += f"  {now - began:.0f} of {(now - began) / done * total:.0f} s"
-    print(f"{line:79.79}" if live else line, end="\r" if live and done < total else "\n", flush=True)
+    end = "\r" if live and done < total else "\n"
+    print(f"{line:79.79}" if live else line, end=end, flush=True)
 
 
 def title(method: str, n: int) -> str:
@@ -57,7 +58,7 @@ def print_table(rows: list[dict], ref_rewards: Tensor, length: int) -> None:
     print(f"{f'theory, n = {n}':21}{win:6.3f}{kl:>14}{0:14.3f}")
     if kl == "too few":
         print(f"\ntoo few: in theory, best of {n} keeps a handful of the {ref_rewards.shape[1]} "
-              f"samples of a prompt, not enough\nto estimate a KL.")
+              f"samples of a prompt.")
     ties = share_of_ties(ref_rewards)
     if ties == 1:
         print("\nAll rewards of a prompt are the same: there is nothing to learn.")
@@ -121,7 +122,8 @@ def plot_path(axes, rows: list[dict], ref_rewards: Tensor, history: list[dict]) 
     axes.plot(best["kl_ref"], best["win_rate"], "o", color="tab:blue", ms=10, mfc="none", mew=2,
               label=f"best of {n}")
     axes.set(xlabel="KL to the reference, nats per response", ylabel="win rate over the reference",
-             title="The policy's path during training", xlim=(-0.03, 2 * best["kl_ref"] + 0.1))
+             title="The policy's path during training",
+             xlim=(-0.03, 2 * best["kl_ref"] + 0.1))
     axes.legend(frameon=False, loc="lower right")
 
 

@@ -11,7 +11,7 @@ import vbon
 from model import GPT
 from reward import Classifier
 from support.files import UnusableInput, write_json, write_lines, write_whole
-from support.huggingface import load_model, save_generation_config, save_model
+from support.huggingface import load_model, save_model
 from support.inputs import Inputs, choose_device
 from support.kept import SOURCES, digest, load, save
 from support.own_reward import OwnReward, RewardFile
@@ -67,17 +67,14 @@ def leave(args: argparse.Namespace, run, best: Tensor, made_by: dict) -> None:
           f"responses-*.jsonl,\nthe policy in policy-{name}, the reference in "
           f"reference-seed{run.seed}")
 
-# -------------------------------------------------------------------------------- results.jsonl
 
 def read_results(out: Path) -> list[dict]:
-    """Return the lines of results.jsonl in the folder `out`; none if there is no such file.
-
-    A line that was cut short by a kill is left out. Raises UnusableInput for another damaged one.
-    """
+    """Return the lines of results.jsonl in the folder `out`, if any. Raises UnusableInput."""
     path = out / "results.jsonl"
     if not path.exists():
         return []
     try:
+        # what follows the last line break is empty, or a line that was cut short
         return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
     except ValueError:
         raise UnusableInput(f"{path}: a line is damaged; delete it, or move the file") from None
@@ -98,12 +95,20 @@ def settings_of(row: dict) -> dict:
 
 def describe(settings, text: Text, inputs: Inputs, quick: bool) -> dict:
     """Return all that a result depends on besides method, N, β and seed: a part of its line."""
-    # a small text may have fewer tokens and prompts than the settings ask for
-    found = {"vocab": text.encoding.n_vocab, "length": text.length, "prompts": len(text.prompts),
-             "held_prompts": len(text.held_prompts)}
-    return flat(settings) | inputs.described() | found | {"quick": quick, "code": digest(SOURCES)}
+    pretrained = inputs.pretrained
+    return flat(settings) | {
+        "data": inputs.reviews and digest(inputs.reviews),
+        # of a model that a run left: the "weights" in its settings.json
+        "init": pretrained and digest(pretrained.model.state_dict()),
+        "init_vocabulary": pretrained and digest(pretrained.encoding),
+        "reward_file": inputs.own_reward and digest(inputs.own_reward),
+        "device": inputs.device.type,
+        # a small text may have fewer tokens and prompts than the settings ask for
+        "vocab": text.encoding.n_vocab, "length": text.length,
+        "prompts": len(text.prompts), "held_prompts": len(text.held_prompts),
+        "quick": quick, "code": digest(SOURCES),
+    }
 
-# ------------------------------------------------------------------------------------ responses
 
 def write_records(out: Path, name: str, run) -> None:
     """Write the history of training, and all responses of the evaluation."""
@@ -126,8 +131,7 @@ def response_records(method: str, use: str, prompts: Tensor, found: dict,
                      encoding: tiktoken.Encoding) -> list[dict]:
     """Return a record for each response: texts, reward, and log-probabilities in nats.
 
-    found: response (P, K, L); reward, logprob, ref_logprob and token_kl (P, K). logprob is that of
-    the method which sampled the response.
+    found: response (P, K, L); reward, logprob (the method's), ref_logprob and token_kl (P, K).
     """
     names = ("reward", "logprob", "ref_logprob", "token_kl")
     numbers = {name: found[name].tolist() for name in names}
@@ -162,28 +166,21 @@ def one_line(text: str) -> str:
     """Return a text with its line breaks written as \\n, so that it stays in its row."""
     return "\\n".join(text.splitlines())
 
-# --------------------------------------------------------------------------------------- models
 
 def export_model(folder: Path, model: GPT, encoding: tiktoken.Encoding, row: dict) -> None:
-    """Write a Hugging Face folder: model, tokenizer, and settings.json with the settings of `row`.
-
-    The folder is complete when settings.json, which is written last, is there.
-    """
+    """Write a Hugging Face folder: model, tokenizer, and the settings of `row` in settings.json."""
     settings = settings_of(row) | {"weights": digest(model.state_dict())}
+    # written last: a folder that has it is complete
     last = folder / "settings.json"
     last.unlink(missing_ok=True)
-    save_model(model, folder)
+    save_model(model, folder, row["prompt_tokens"] + row["length"])
     save_tokenizer(encoding, folder, model.config["block_size"])
-    save_generation_config(folder, model, row["prompt_tokens"] + row["length"])
     write_json(last, settings)
 
 
 @torch.no_grad()
 def sample_run(args: argparse.Namespace) -> str:
-    """Return three responses of each model of a finished run to the prompt of --sample.
-
-    Raises UnusableInput if the folder holds no such run.
-    """
+    """Return three responses of each model of a finished run to --sample. Raises UnusableInput."""
     out = Path(args.out)
     name = f"n{args.n}-seed{args.seed}"
     folder = out / f"policy-{name}"

@@ -8,8 +8,11 @@ from support.files import UnusableInput, read_text
 
 Review = tuple[str, int]                                # text, label: 1 positive, 0 negative
 
-# ----------------------------------------------------------------------------- the built-in reviews
+MIN_REVIEWS = 100                                       # of each label in a folder
+LONGEST = 2000                                          # characters of a review that are used
+LINE_BREAK = re.compile(r"<\s*/?\s*br\b[^>]*>", re.IGNORECASE)      # <br>, <BR clear="all">, ...
 
+# the grammar of the built-in reviews
 WHO = "i|we|my sister|my brother|my wife|my husband|our film club|the whole family".split("|")
 DID = "watched|saw|rented|caught|finished".split("|")
 FILM = "this|this film|this movie|it|the film".split("|")
@@ -41,9 +44,8 @@ VERDICT = {3: "a joy from start to finish|worth every minute",
 def builtin_reviews(count: int, seed: int) -> list[Review]:
     """Return short film reviews, made by a small grammar that was written for this project.
 
-    Each review has a mood, which makes praise or complaint more probable in each of its comments;
-    most reviews mix both. Its strength is the sum over the comments. The label is 1 with the
-    log-odds 1.2 · strength, so labels are a little noisy.
+    Its mood makes praise or complaint more probable in each comment of a review; most mix both. The
+    label is 1 with log-odds 1.2 · strength, the sum over the comments, so it is a little noisy.
     """
     rng = random.Random(f"reviews/{seed}")
     reviews = []
@@ -109,12 +111,6 @@ def _graded(rng: random.Random, table: dict[int, str], mood: float) -> tuple[str
             phrases.append((phrase, strength))
             weights.append(math.exp(mood * strength / 1.5))
     return rng.choices(phrases, weights)[0]
-
-# --------------------------------------------------------------------------------- your own reviews
-
-MIN_REVIEWS = 100                                       # of each label
-LONGEST = 2000                                          # characters of a review that are used
-LINE_BREAK = re.compile(r"<\s*/?\s*br\b[^>]*>", re.IGNORECASE)      # <br>, <BR clear="all">, ...
 
 
 def load_reviews(folder: str | Path, labelled: bool = True) -> list[Review]:

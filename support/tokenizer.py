@@ -23,8 +23,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     """Learn byte-pair merges (Sennrich et al. 2016, arXiv 1508.07909) and return an encoder.
 
     Ids 0..255 are the bytes. The merges follow in the order learned; each step merges the most
-    frequent pair of adjacent tokens. End-of-text is last. The vocabulary is smaller than
-    `vocab_size` if no pairs are left.
+    frequent pair of adjacent tokens, if any is left. End-of-text is last.
     """
     counts = Counter()
     for text in texts:
@@ -70,8 +69,7 @@ def _merge(parts: list[bytes], pair: tuple[bytes, bytes]) -> None:
 def make_encoding(ranks: dict[bytes, int], name: str = "vbon") -> tiktoken.Encoding:
     """Return an encoder from its tokens: bytes to id, where lower ids are merged first.
 
-    End-of-text gets the last id. The name, "vbon" or "gpt2", chooses the pattern that splits a text
-    into words.
+    The name, "vbon" or "gpt2", chooses the pattern that splits a text into words.
     """
     return tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks,
                              special_tokens={END: len(ranks)})
@@ -90,8 +88,6 @@ def pad(rows: Iterable[list[int]], length: int, eot: int) -> Tensor:
 def decode(encoding: tiktoken.Encoding, ids: list[int]) -> str:
     """Return the text of token ids, without end-of-text."""
     return encoding.decode([i for i in ids if i != encoding.eot_token])
-
-# --------------------------------------------------------------- tokenizers in Hugging Face folders
 
 # GPT-2's files write a printable byte as itself, and the others as U+0100 and following
 OTHERS = iter(range(256, 512))
@@ -123,8 +119,7 @@ NEUTRAL = ("vocab", "merges", "direction", "pad_id", "pad_type_id", "pad_token",
 def pretrained_encoding(source: str | Path) -> tiktoken.Encoding:
     """Return GPT-2's tokenizer, downloaded by tiktoken, or that of a Hugging Face folder.
 
-    A folder has tokenizer.json, or vocab.json and merges.txt. Raises UnusableInput unless this
-    encoder gives the ids that other libraries give.
+    Raises UnusableInput unless this encoder gives the ids that other libraries give.
     """
     if str(source) in PRETRAINED:
         return tiktoken.get_encoding("gpt2")
@@ -144,7 +139,7 @@ def pretrained_encoding(source: str | Path) -> tiktoken.Encoding:
     try:
         return _read_encoding(path, content)
     except (AttributeError, KeyError, TypeError) as error:
-        raise UnusableInput(f"{path}: not as expected: {type(error).__name__} {error}") from None
+        raise UnusableInput(f"{path}: {type(error).__name__} {error}") from None
 
 
 def _read_encoding(path: Path, content: dict) -> tiktoken.Encoding:
@@ -162,15 +157,12 @@ def _read_encoding(path: Path, content: dict) -> tiktoken.Encoding:
     ids = {token: i for i, token in enumerate(tokens)}
     bytes_first = set(tokens[:256]) == set("".join(tokens[:-1])) == set(LETTERS)
     if not bytes_first or tokens[-1] != END or vocabulary != ids:
-        raise UnusableInput(f"{path}: want the ids 0 to 255 for the 256 bytes, the last one for "
-                            f"{END}, and none left out")
+        raise UnusableInput(f"{path}: want all ids: the 256 bytes first, {END} last")
     del ids[END]
     wanted = _find_merges(path, ids)
     merges = [tuple(x.split(" ") if isinstance(x, str) else x) for x in content["model"]["merges"]]
-    # a pair that makes a token, but is not its merge, never occurs
-    known = set(wanted)
-    if [x for x in merges if x in known or "".join(x) not in ids] != wanted:
-        raise UnusableInput(f"{path}: want a merge for each token, in the order of the ids")
+    if merges != wanted:
+        raise UnusableInput(f"{path}: want a merge for each token, in order")
     ranks = {bytes(map(LETTERS.index, token)): i for token, i in ids.items()}
     return make_encoding(ranks, "vbon" if found["pre_tokenizer"] == WORDS["vbon"] else "gpt2")
 
@@ -199,10 +191,7 @@ def _find_merges(path: Path, ids: dict[str, int]) -> list[tuple[str, str]]:
 
 def save_tokenizer(encoding: tiktoken.Encoding, folder: str | Path, max_length: int | None = None
                    ) -> None:
-    """Write tokenizer.json, as transformers reads it; for GPT-2's pattern also its two old files.
-
-    max_length is the largest number of tokens of the model.
-    """
+    """Write tokenizer.json, as transformers reads it, and GPT-2's two files for its pattern."""
     vocabulary = {}
     for i in range(encoding.eot_token):
         token = encoding.decode_single_token_bytes(i)
