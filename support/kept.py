@@ -44,6 +44,7 @@ def check_sources() -> None:
     Otherwise numbers of the old code could be kept under the name of the new one, or the reverse.
     """
     now = read_sources()
+    # all in memory: other modules may hold functions of a file that was loaded again since
     functions = [x for x in gc.get_objects() if type(x) is types.FunctionType]
     ours = [x for x in functions if x.__module__ in SOURCES]
     for name, source in SOURCES.items():
