@@ -50,7 +50,7 @@ def study(world: World, seed: int, path: Path) -> None:
                  ylabel="win rate over the reference", title="Win rate and tokens of decoders")
         axes.set_xticks(ns, ns)
         axes.minorticks_off()
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        axes.legend(frameon=False, fontsize=9, loc="lower right")
 
 
 def reject(world: World, cuts: list[int]) -> tuple[float, float, float]:

@@ -18,7 +18,6 @@ from model import GPT
 from support import kept, results
 from support.files import UnusableInput
 from support.huggingface import load_model
-from support.statistics import bon_attains
 
 TIED = torch.tensor([[2.0, -1.0, 2.0, 3.0, -1.0, -1.0], [1.0, 2.0, 3.0, 4.0, 5.0, 60.0]]).double()
 
