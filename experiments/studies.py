@@ -41,23 +41,26 @@ def main(argv: list[str] | None = None) -> None:
     """Print the answers to the questions, for one N and one seed."""
     parser = options.make_parser(__doc__, train.Settings())
     parser.add_argument("--study", nargs="+", choices=STUDIES, metavar="STUDY",
-                        default=STUDIES[:-1],
                         help=f"which questions: {', '.join(STUDIES)} (default: all but the last)")
     args = parser.parse_args(argv)
     if args.sample is not None:
         raise UnusableInput("--sample: it belongs to train.py")
     inputs = read_inputs(args)
     settings = choose_settings(train.Settings(), args, args.n, inputs)
+    chosen = args.study or STUDIES[:-1]
     world = None
-    if set(args.study) - {"fault", "m", "sizes"}:       # these do not need it
+    if set(chosen) - {"fault", "m", "sizes"}:       # these do not need it
         world = train.prepare(inputs, settings, Path(args.out, "cache"), args.seed)
-    for name in args.study:
+    for name in chosen:
         try:
             if name == "sizes":
                 study_sizes(inputs, settings, args.n, args.seed, Path(args.out, "cache"))
             else:
                 study(name, args.n, args.seed, Path(args.out), world, settings)
         except UnusableInput as problem:
+            # a question that nobody asked must not stop the others
+            if args.study is not None:
+                raise
             print(f"\n{name} is left out: {problem}")
 
 

@@ -598,12 +598,15 @@ def test_studies_answer_all_questions(compared, capsys):
         assert (folder / name).stat().st_size > 10_000
 
 
-def test_a_study_that_is_impossible_stops_no_other(compared, capsys):
+def test_a_study_that_is_impossible_stops_no_other(compared, capsys, monkeypatch):
     """With N = 1 there is no KL to go to."""
     folder, _, _, _ = compared
-    studies.main(["--quick", "--n", "1", "--out", str(folder), "--study", "scale", "bound"])
+    monkeypatch.setattr(studies, "STUDIES", ("scale", "bound", "sizes"))
+    studies.main(["--quick", "--n", "1", "--out", str(folder)])
     printed = capsys.readouterr().out
     assert "scale is left out: kl-rl at n = 1" in printed and "How far is the bound" in printed
+    with pytest.raises(UnusableInput, match="kl-rl at n = 1"):
+        studies.main(["--quick", "--n", "1", "--out", str(folder), "--study", "scale"])
 
 
 def test_sizes_have_their_learning_rates(tmp_path, capsys, monkeypatch):
