@@ -134,7 +134,6 @@ def study_scale(world: train.World, n: int, beta: float) -> None:
             cells = f"{optimum['win_rate']:36.3f}{optimum['kl_ref']:8.3f}"
         print(f"  {name:29}{vbon_change:8.3g}{change:8.3g}{cells}")
 
-# ---------------------------------------------------------------------------------- exact and bound
 
 EDGES = (0, -8, -12, -16, -20, -math.inf)               # of log π_ref(y), in nats
 
@@ -153,7 +152,6 @@ def study_bound(world: train.World, n: int) -> None:
             print(f"  {low:6} to {high:4}{len(chosen):15}{chosen.mean().item():22.1e}"
                   f"{chosen.max().item():12.1e}")
 
-# --------------------------------------------------------------------------------- the number M
 
 MS = (16, 32, 64, 128, 256, 512)
 
@@ -206,7 +204,6 @@ def study_m(path: Path, n: int) -> None:
             axes.set_xticks(MS, MS)
             axes.set_yticks(ticks, ticks)
 
-# ----------------------------------------------------------------- the learning rate and the size
 
 SIZES = ((2, 64), (2, 128), (4, 128))                   # layers, width
 
