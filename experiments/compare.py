@@ -19,7 +19,7 @@ import train
 from experiments import decoders, methods, summary, theory
 from experiments.own_method import OwnMethod
 from model import GPT
-from support import options, report, results
+from support import options, results
 from support.files import UnusableInput, write_lines
 from support.inputs import read_inputs
 from support.kept import keep
@@ -28,7 +28,6 @@ from support.statistics import mean_and_error
 
 NAMES = (*methods.METHODS, "pessimism")                 # the last one is a decoder
 
-# ------------------------------------------------------------------------------------- the main job
 
 class Entry(NamedTuple):
     """A method that takes part in the comparison."""
@@ -49,7 +48,6 @@ def main(argv: list[str] | None = None) -> None:
     settings = {n: choose_settings(train.Settings(), args, n, inputs) for n in args.n}
     results.read_results(out)                           # if they are damaged, say so now
     for n in args.n:
-        report.note_small_m(settings[n].samples.m, n)
         for name in args.method or []:
             check_method(name, n, settings[n])
 
@@ -84,12 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     summary.print_table(groups, pool)
     summary.print_aims(groups)
     summary.plot_results(out / "pareto.png", groups, pool)
-    if args.quick:
-        print("\n--quick shows only that the program runs: its models are hardly trained.")
     print(f"\n{time.monotonic() - began:.0f} s; {out}/ holds the picture pareto.png, all responses "
           f"in responses-*.jsonl,\nand all models")
 
-# ------------------------------------------------------------------------- the methods and their β
 
 def check_method(method: str, n: int, settings: train.Settings) -> None:
     """Raise UnusableInput if a method cannot be trained for this N."""
@@ -137,7 +132,6 @@ def find_entry(cache: Path, method: str, refs: Tensor, n: int, seed: int) -> Ent
                code=theory.CODE)
     return Entry(method, aim.pop("beta"), aim)
 
-# ------------------------------------------------------------------------ fine-tuning, evaluation
 
 def get_policy(cache: Path, world: train.World, entry: Entry, n: int, settings: train.Settings,
                seed: int) -> tuple[dict, dict]:
@@ -162,7 +156,7 @@ def get_policy(cache: Path, world: train.World, entry: Entry, n: int, settings: 
     tuned["policy"].to(world.reference.wte.weight.device)
     evaluated = keep(cache, f"evaluation-{name}-n{n}-seed{seed}", train.evaluate, tuned["policy"],
                      world.reference, world.reward, world.held_out.prompt, settings.samples.k_eval,
-                     world.text.length, name, seed, code=train.TUNING)
+                     world.text.length, f"evaluation of {name}", seed, code=train.TUNING)
     return tuned, evaluated
 
 
@@ -190,8 +184,8 @@ def measure_decoding(world: train.World, entries: list[Entry], n: int, seed: int
 
 def decoded(reward: Tensor, world: train.World, n: int, own_n: int | None = None
             ) -> dict[str, float | None]:
-    """Return how often the best of own_n (default: n) of these responses (P', K) beats best-of-n of
-    the reference: win rate and its standard error. None if there are fewer responses."""
+    """Return win rate and standard error of the best of own_n (default: n) of these responses
+    (P', K) over best-of-n of the reference; None if there are fewer responses."""
     wins = theory.decoded_win_rate(reward, world.held_out.reward, n, own_n)
     if wins is None:
         return {"decoded_win_rate": None, "decoded_win_rate_se": None}
@@ -200,8 +194,8 @@ def decoded(reward: Tensor, world: train.World, n: int, own_n: int | None = None
 
 
 def beside(line: dict, aim: dict, refs: Tensor) -> dict[str, float | None]:
-    """Return how far a line is below the highest win rate at its KL (None: too few samples), and
-    the aim of its method, as aim_win_rate, aim_kl_ref, ..."""
+    """Return how far a line is below the highest win rate at its KL (None: unknown), and the aim of
+    its method, as aim_win_rate, aim_kl_ref, ..."""
     highest = theory.highest_win_rate(line["kl_ref"], refs)
     below = None if highest is None else highest - line["win_rate"]
     named = {f"aim_{name}": value for name, value in aim.items()}
@@ -221,15 +215,13 @@ def leave_policy(out: Path, world: train.World, model: GPT, evaluated: dict, lin
                                        evaluated, encoding)
     write_lines(out / f"responses-{name}.jsonl", records)
 
-# --------------------------------------------------------------------------------- the command line
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Return the arguments of the command line. Raises UnusableInput for wrong ones."""
     parser = options.make_parser(__doc__, train.Settings(), several=True)
     parser.add_argument("--method", nargs="+", metavar="METHOD",
-                        help=f"What to compare: {', '.join(NAMES)}, or a file of yours (see "
-                        "experiments/own_method.py). Pessimism is a decoder. Default: all that fit "
-                        "this N.")
+                        help=f"what to compare: {', '.join(NAMES)} (a decoder), or a file of "
+                        "yours, see experiments/own_method.py (default: all that fit this N)")
     args = parser.parse_args(argv)
     args.n = list(dict.fromkeys(args.n))                # each once
     args.seed = list(dict.fromkeys(args.seed))

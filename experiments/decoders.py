@@ -20,7 +20,6 @@ from model import GPT
 from support.sampling import seeded_generator
 from train import World, decoded_row
 
-# ---------------------------------------------------- a distribution that is known, from candidates
 
 def soft_best_of_n(reward: Tensor, beta: float, generator: torch.Generator) -> Tensor:
     """Return the index of one of N responses, with probability ∝ exp(r / β). (P, N) -> (P,)"""
@@ -125,7 +124,6 @@ def numbers_of(chosen: Tensor, P: int, size: int) -> Tensor:  # (P·G,) -> (P, G
     chosen = chosen.view(P, -1)
     return chosen + size * torch.arange(chosen.shape[1])
 
-# ---------------------------------------------------------------------- decoders that save tokens
 
 def count_tokens(response: Tensor, eot: int) -> Tensor:  # (..., L) -> (...)
     """Return the number of tokens that are sampled for each response, its end-of-text included."""

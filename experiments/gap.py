@@ -18,10 +18,9 @@ def study(evaluated: dict, ref_rewards: Tensor, n: int) -> None:
               f"{row['bon']:20.2f}{row['kl']:13.3f}")
     total = sum(row["kl"] for row in rows)
     noise = (n - 1) / (2 * ref_rewards.shape[1])
-    print(f"{'together':>13}{total:62.3f}\n"
-          f"  F explains {explained:.0%} of the variance of log π_θ - log π_bon. The KLs of a perfect "
-          f"policy would add\n  up to (n - 1) / (2 M) = {noise:.3f}, not 0: F is estimated from M "
-          f"samples.")
+    print(f"{'together':>13}{total:62.3f}\n  F explains {explained:.0%} of the variance of "
+          f"log π_θ - log π_bon. A perfect policy would have\n  (n - 1) / (2 M) = {noise:.3f}, not "
+          f"0: F is estimated from M samples.")
 
 
 def gap_by_rank(logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int
@@ -30,8 +29,7 @@ def gap_by_rank(logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_reward
 
     A row has the range of F, its share of the responses, their mean log π_θ/π_ref and log
     π_bon/π_ref, and its part of the KL. The number beside the rows is the share of the variance of
-    log π_θ - log π_bon that lies between them. Of a policy that has the right function of F it is
-    0, however noisy the policy is.
+    log π_θ - log π_bon that lies between them: 0 for a policy with the right function of F.
     """
     cdf = vbon.empirical_cdf(reward, ref_rewards)
     ref_logprob = ref_logprob.double()
@@ -39,8 +37,7 @@ def gap_by_rank(logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_reward
     log_policy_ratio = logprob.double() - ref_logprob
     log_bon_ratio = log_bon - ref_logprob
     difference = log_policy_ratio - log_bon_ratio
-    # E[difference] is the KL. E[π_bon/π_θ - 1] is 0 (with the exact F); with it, no response counts
-    # less than 0.
+    # E[difference] is the KL. E[π_bon/π_θ - 1] is 0; with it, no response counts less than 0.
     part = difference + (-difference).exp() - 1
     rows = []
     between = 0.0

@@ -1,21 +1,9 @@
 """Other methods beside vBoN: other targets, or other losses. train.fine_tune trains them all.
 
-    method         moves the policy to                         by
-    bound          π_ref · F^(N-1), the bound (3)              reverse KL, REINFORCE
-    kl-rl          π_ref · exp(r / β)                          reverse KL, REINFORCE
-    infalign-ctrl  π_ref · exp(exp(10 · win rate) / β)         reverse KL, REINFORCE
-    wind           π_ref · exp(P(y beats π) / β)               reverse KL, REINFORCE
-    max-at-k       the best E[best reward of N] - β · KL       PKPO's weights
-    max-at-k-win   the same, with the win rate as reward       PKPO's weights
-    infalign       the same, with F^N as reward                PKPO's weights
-    bon-sft        π_bon                                       likelihood of winners
-    bond           π_bon                                       half of each: BOND's Jeffreys loss
-    bonbon         nearly π_bon                                best and worst of n cached responses
-
-Each gradient function below takes the place of train.vbon_gradient: it adds the gradient of its
-loss to the policy's .grad, and returns means that are worth watching. β is chosen such that the aim
-is as far from the reference as best-of-N; README.md has the papers, theory.py the aims, and
-own_method.py takes a method from a file of yours.
+README.md has a table of what they aim at. Each gradient function below takes the place of
+train.vbon_gradient: it adds the gradient of its loss to the policy's .grad, and returns means that
+are worth watching. β is chosen such that the aim is as far from the reference as best-of-N (see
+theory.py). own_method.py takes a method from a file of yours.
 """
 import functools
 from collections.abc import Callable
@@ -59,11 +47,13 @@ def grow_beta(beta: float, step: int, steps: int) -> float:
 
 
 def roll_out(policy: GPT, reference: GPT, reward_fn, batch: Batch, k: int,
-             generator: torch.Generator) -> vbon.Rollout:
-    """Do steps (a) and (b) of an update, with k responses to each prompt of a batch."""
+             generator: torch.Generator) -> tuple[vbon.Rollout, int]:
+    """Do steps (a) and (b) of an update, with k responses to each prompt of a batch; also return
+    the number of prompts to score at a time."""
     length = batch.ref_response.shape[2]
     part = prompts_at_a_time(policy, k, length)
-    return vbon.roll_out(policy, reference, reward_fn, batch.prompt, k, length, generator, part)
+    rollout = vbon.roll_out(policy, reference, reward_fn, batch.prompt, k, length, generator, part)
+    return rollout, part
 
 
 def descend(policy: GPT, prompt: Tensor, response: Tensor, loss: Callable) -> Tensor:
@@ -82,7 +72,6 @@ def descend(policy: GPT, prompt: Tensor, response: Tensor, loss: Callable) -> Te
         found.append(logprob.detach())
     return torch.cat(found)
 
-# ------------------------------------------------------------- vBoN's loss, with another target (c)
 
 def target_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
                     settings: TuningSettings, generator: torch.Generator, target: Callable,
@@ -91,16 +80,11 @@ def target_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int
     n = vbon.grow(n, batch.step, settings.steps)
     if beta is not None:
         beta = grow_beta(beta, batch.step, settings.steps)
-    rollout = roll_out(policy, reference, reward_fn, batch, settings.k, generator)
+    rollout, part = roll_out(policy, reference, reward_fn, batch, settings.k, generator)
     # (c): the target may be known up to a factor, which the baseline subtracts
     log_target = target(rollout, batch.ref_rewards, n, beta)
-    return watch(batch, rollout, reinforce(policy, batch, rollout, log_target))
-
-
-def reinforce(policy: GPT, batch: Batch, rollout: vbon.Rollout, log_target: Tensor) -> Tensor:
-    """Do steps (d) and (e); return log π_θ(y) (P, K)."""
-    part = prompts_at_a_time(policy, *rollout.response.shape[1:])
-    return vbon.reinforce(policy, batch.prompt, rollout.response, log_target, part)
+    logprob = vbon.reinforce(policy, batch.prompt, rollout.response, log_target, part)
+    return watch(batch, rollout, logprob)
 
 
 def bound_target(rollout: vbon.Rollout, ref_rewards: Tensor, n: int, beta: None) -> Tensor:
@@ -130,7 +114,6 @@ def wind_target(rollout: vbon.Rollout, ref_rewards: Tensor, n: int, beta: float)
     wins = vbon.win_rate(rollout.reward, rollout.reward) * k - 0.5
     return rollout.ref_logprob + wins / (k * beta)
 
-# ---------------------------------------------------------------- the best of several own responses
 
 def max_at_k_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
                       settings: TuningSettings, generator: torch.Generator, name: str, beta: float
@@ -141,7 +124,7 @@ def max_at_k_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: i
     2412.19792), the win rate of best-of-n of the policy over best-of-n of the reference.
     """
     beta = grow_beta(beta, batch.step, settings.steps)
-    rollout = roll_out(policy, reference, reward_fn, batch, settings.k, generator)
+    rollout, _ = roll_out(policy, reference, reward_fn, batch, settings.k, generator)
     values = theory.method_values(name, n, rollout.reward, batch.ref_rewards)
     weights = max_at_k_weights(values, n)
 
@@ -176,7 +159,6 @@ def max_at_k_weights(values: Tensor, k: int) -> Tensor:  # (P, K) -> (P, K)
     best = (sets * ordered).cumsum(-1) - sets * ordered
     return torch.zeros_like(ordered).scatter(-1, order, count * ordered - best)
 
-# ---------------------------------------------------------------------- from cached responses alone
 
 def bon_sft_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
                      settings: TuningSettings, generator: torch.Generator) -> dict[str, float]:
@@ -203,9 +185,9 @@ def bond_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
     nll = follow_likelihood(policy, batch.prompt, winners)
     # the reverse KL
     own = settings.k - settings.k // 2
-    rollout = roll_out(policy, reference, reward_fn, batch, own, generator)
+    rollout, part = roll_out(policy, reference, reward_fn, batch, own, generator)
     log_target = vbon.bon_target(rollout.ref_logprob, rollout.reward, batch.ref_rewards, n)
-    logprob = reinforce(policy, batch, rollout, log_target)
+    logprob = vbon.reinforce(policy, batch.prompt, rollout.response, log_target, part)
     return {"nll": nll} | watch(batch, rollout, logprob)
 
 

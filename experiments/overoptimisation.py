@@ -1,8 +1,7 @@
 """What happens if the reward has a fault: a small world where all is known, nothing is sampled.
 
 1,000 equally probable responses have a quality. Their reward is the quality, except for 1 % that
-are bad and have a high reward. The larger n, the surer best-of-n returns one of these. vBoN aims at
-them too, since it aims at best-of-n.
+are bad and have a high reward. The larger n, the surer best-of-n, and vBoN, return one of these.
 """
 import math
 from pathlib import Path

@@ -12,12 +12,12 @@ log π_bon in vBoN's update. For example, the highest win rate at its KL, π_ref
         return (5 * vbon.win_rate(ref_rewards, ref_rewards)).exp()
 
 rollout has response (P, K, L), reward and ref_logprob (P, K); n grows to N as for vBoN. weights is
-optional: the aim, as weights (P, M) of M reference responses with the rewards ref_rewards; they
-need not sum to 1. Instead of a target, `gradient(policy, reference, reward_fn, batch, n, settings,
-generator)` may take the place of train.vbon_gradient, with the same result: a dict of numbers.
+optional: the aim, as weights (P, M) of M reference responses; they need not sum to 1. Instead of a
+target, `gradient(policy, reference, reward_fn, batch, n, settings, generator)` may take the place
+of train.vbon_gradient, with the same result: a dict of numbers.
 
-A log target of -inf is refused: its gradient is infinite. For a response that must not occur, return
-rollout.ref_logprob - 30: then it is e^30 times less probable than under the reference.
+A log target of -inf is refused, since its gradient is infinite. For a response that must not occur,
+return rollout.ref_logprob - 30: it becomes e^30 times less probable than under the reference.
 """
 import ast
 import traceback
@@ -48,7 +48,7 @@ class OwnMethod:
         self.call(self.load)
         self.mark = digest(ast.dump(ast.parse(self.source)))    # comments and layout do not count
         if not {"target", "gradient"}.intersection(self.functions):
-            raise UnusableInput(f"--method {path}: want a function target(rollout, ref_rewards, n), "
+            raise UnusableInput(f"--method {path}: want a function target(rollout, ref_rewards, n) "
                                 f"or gradient; experiments/own_method.py has an example")
 
     def load(self) -> None:
@@ -83,7 +83,9 @@ class OwnMethod:
 
     def target(self, rollout: vbon.Rollout, ref_rewards: Tensor, n: int, beta: None) -> Tensor:
         """Return the target (P, K) of the file, checked."""
-        found = self.call(self.functions["target"], rollout, ref_rewards, n)
+        # rewards in float64 on the CPU, as ref_logprob is
+        rollout = rollout._replace(reward=rollout.reward.cpu().double())
+        found = self.call(self.functions["target"], rollout, ref_rewards.cpu().double(), n)
         return self.call(checked, found, "target", rollout.reward)
 
     def weights(self, ref_rewards: Tensor, n: int) -> Tensor | None:

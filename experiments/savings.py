@@ -54,8 +54,7 @@ def study(world: World, seed: int, path: Path) -> None:
 
 
 def reject(world: World, cuts: list[int]) -> tuple[float, float, float]:
-    """Return mean tokens, win rate and its error of Speculative Rejection, on the candidates in
-    groups of SIZE."""
+    """Return mean tokens, win rate and error of Speculative Rejection from SIZE candidates."""
     candidates = world.candidates
     P, M, L = candidates.response.shape
     groups = M // SIZE

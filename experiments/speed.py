@@ -4,11 +4,10 @@
     python -m experiments.speed                     on the CPU: some minutes, most for GPT-2's size
     python -m experiments.speed --device cuda       on a GPU
 
-Sampling is timed beside transformers' generate, if that is installed, in turn. Medians of 5.
+Sampling is timed beside transformers' generate, in turn. Medians of 5.
 """
 import argparse
 import copy
-import importlib.util
 import resource                                         # Windows does not have it
 import statistics
 import tempfile
@@ -17,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import train
 from model import GPT, add_adapters
@@ -58,8 +58,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def spread(seconds: list[float]) -> str:
     """Format the median, the fastest and the slowest."""
-    if not seconds:
-        return ""
     return f"{statistics.median(seconds):.3g} ({min(seconds):.3g}-{max(seconds):.3g})"
 
 
@@ -91,20 +89,16 @@ def matmul_speed(device: torch.device, size: int) -> float:
 
 
 def time_sampling(model: GPT, repeats: int, device: torch.device) -> list[list[float]]:
-    """Return seconds of our `sample`, and of generate with the same weights (none without it)."""
-    generator = torch.Generator(device).manual_seed(0)
-    prompt = torch.randint(model.eot, (8, TEXT.prompt_tokens), generator=generator, device=device)
-
-    def ours() -> tuple[Tensor, Tensor]:
-        return model.sample(prompt, 8, TEXT.length, generator)
-
-    if not importlib.util.find_spec("transformers"):
-        return [*measure([ours], repeats, device), []]
-    from transformers import AutoModelForCausalLM
+    """Return seconds of our `sample`, and of generate with the same weights."""
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, folder)
         other = AutoModelForCausalLM.from_pretrained(folder).eval().to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    prompt = torch.randint(model.eot, (8, TEXT.prompt_tokens), generator=generator, device=device)
     rows = prompt.repeat_interleave(8, 0)
+
+    def ours() -> tuple[Tensor, Tensor]:
+        return model.sample(prompt, 8, TEXT.length, generator)
 
     def theirs() -> Tensor:
         # the full softmax at temperature 1, as in our `sample`
@@ -116,11 +110,8 @@ def time_sampling(model: GPT, repeats: int, device: torch.device) -> list[list[f
 
 
 def prepare_update(reference: GPT, device: torch.device) -> tuple[Callable[[], None], int]:
-    """Return an update of the main job; and its operations, if all responses have full length.
-
-    A token is sampled, scored by reference and policy, and goes backward: 2 + 2 + 2 + 4 operations
-    for each weight.
-    """
+    """Return an update of the main job; and its operations, if all responses have full length: a
+    token is sampled, scored by reference and policy, and goes backward (2 + 2 + 2 + 4 a weight)."""
     reference.untie_head()
     # looking up an embedding is not a multiplication
     weights = sum(p.numel() for name, p in reference.named_parameters()
@@ -136,15 +127,12 @@ def prepare_update(reference: GPT, device: torch.device) -> tuple[Callable[[], N
 
     def update() -> None:
         optimizer.zero_grad()
-        train.vbon_gradient(policy, reference, any_reward, batch, 4, TUNING, generator)
+        # a reward that costs nothing
+        train.vbon_gradient(policy, reference, lambda prompt, response: response.sum(-1), batch, 4,
+                            TUNING, generator)
         optimizer.step()
 
     return update, 10 * weights * TUNING.batch * TUNING.k * TEXT.length
-
-
-def any_reward(prompt: Tensor, response: Tensor) -> Tensor:  # (P, T), (P, K, L) -> (P, K)
-    """Return a reward that costs nothing: the mean of the token ids modulo 7."""
-    return (response % 7).float().mean(-1)
 
 
 if __name__ == "__main__":

@@ -32,18 +32,17 @@ from support import options, report
 from support.files import UnusableInput
 from support.inputs import Inputs, read_inputs
 from support.settings import change, choose_settings
-from support.statistics import wins_of_target
 
 STUDIES = ("aims", "scale", "bound", "m", "fault", "savings", "temperature", "gap",
            "sizes")
 
-# ------------------------------------------------------------------------------------- the main job
 
 def main(argv: list[str] | None = None) -> None:
     """Print the answers to the questions, for one N and one seed."""
     parser = options.make_parser(__doc__, train.Settings())
-    parser.add_argument("--study", nargs="+", choices=STUDIES, metavar="STUDY", default=STUDIES[:-1],
-                        help=f"Which questions: {', '.join(STUDIES)}. Default: all but the last.")
+    parser.add_argument("--study", nargs="+", choices=STUDIES, metavar="STUDY",
+                        default=STUDIES[:-1],
+                        help=f"which questions: {', '.join(STUDIES)} (default: all but the last)")
     args = parser.parse_args(argv)
     if args.sample is not None:
         raise UnusableInput("--sample: it belongs to train.py")
@@ -156,38 +155,40 @@ def study_bound(world: train.World, n: int) -> None:
 MS = (16, 32, 64, 128, 256, 512)
 
 
-def error_of_cdf(m: int, repeats: int = 4000) -> tuple[float, float, float]:
+def error_of_cdf(m: int, n: int, repeats: int = 2000) -> tuple[float, float, float, float]:
     """Return the error of F from M reference rewards; it is the same for every continuous reward.
 
     So we take a reward that is its own CDF: uniform on [0, 1]. Returns the root mean square error
-    of log F at responses of the reference, and the mean and the 95 % quantile of the largest error
-    of F at any reward.
+    of log F at responses of the reference; the mean and the 95 % quantile of the largest error of F
+    at any reward; and the win rate of the target (7): a policy learns from the mean of log F.
     """
     generator = torch.Generator().manual_seed(m)
     refs = torch.rand(repeats, m, generator=generator).double()
     reward = torch.rand(repeats, 32, generator=generator).double()
     log_error = vbon.empirical_cdf(reward, refs).log() - reward.log()
+    rmse = log_error.square().mean().sqrt().item()
+    grid = (torch.arange(100) + 0.5).double() / 100
+    log_cdf = vbon.empirical_cdf(grid.expand(repeats, 100), refs).log().mean(0)
+    wins = ((n - 1) * log_cdf).softmax(0) @ grid
     # The estimate is a step function: the error is largest at one of the M steps, or just above.
     steps = refs.sort(-1).values
     at = vbon.empirical_cdf(steps, refs)
     above = at + 1 / (m + 1)
     largest = torch.maximum((at - steps).abs(), (above - steps).abs()).amax(-1)
-    rmse = log_error.square().mean().sqrt().item()
-    return rmse, largest.mean().item(), largest.quantile(0.95).item()
+    return rmse, largest.mean().item(), largest.quantile(0.95).item(), wins.item()
 
 
 def study_m(path: Path, n: int) -> None:
     """Print and plot the errors of F for each M; print what a perfect policy would win with it."""
-    errors = [error_of_cdf(m) for m in MS]
+    errors = [error_of_cdf(m, n) for m in MS]
     # the Dvoretzky-Kiefer-Wolfowitz inequality bounds the 95 % quantile
     bounds = [math.sqrt(math.log(2 / 0.05) / (2 * m)) for m in MS]
     print(f"\nHow does M matter?\n\n{'M':>5}{'RMSE of':>10}{'largest error of F':>24}"
           f"{'bound':>8}{'win rate of the':>18}\n"
           f"{'':5}{'log F':>10}{'mean':>14}{'95 %':>10}{'(DKW)':>8}{f'target, N = {n}':>18}")
-    for m, (rmse, mean, largest), bound in zip(MS, errors, bounds):
-        print(f"{m:5}{rmse:10.3f}{mean:14.3f}{largest:10.3f}{bound:8.3f}"
-              f"{wins_of_target(n, m):18.4f}")
-    rmses, means, quantiles = zip(*errors)
+    for m, (rmse, mean, largest, wins), bound in zip(MS, errors, bounds):
+        print(f"{m:5}{rmse:10.3f}{mean:14.3f}{largest:10.3f}{bound:8.3f}{wins:18.3f}")
+    rmses, means, quantiles, _ = zip(*errors)
     with report.figure(path, 2, (9, 3.6)) as (left, right):
         left.loglog(MS, bounds, "k:", label="bound of the 95 % (DKW)")
         left.loglog(MS, quantiles, "o-", label="95 % quantile")
@@ -205,11 +206,13 @@ def study_m(path: Path, n: int) -> None:
 # ----------------------------------------------------------------- the learning rate and the size
 
 SIZES = ((2, 64), (2, 128), (4, 128))                   # layers, width
-COLUMNS = {"win_rate": 15, "kl_ref": 15, "kl_bon": 15}
 
 
 def study_sizes(inputs: Inputs, settings: train.Settings, n: int, seed: int, cache: Path) -> None:
     """Train vBoN on references of several sizes, with the learning rate 0.54 / √(parameters)."""
+    if inputs.pretrained is not None:
+        raise UnusableInput("want no --init")
+    columns = {"win_rate": 15, "kl_ref": 15, "kl_bon": 15}
     lines = []
     for layers, width in SIZES:
         size = change(settings, layers=layers, width=width, heads=width // 32)
@@ -221,7 +224,7 @@ def study_sizes(inputs: Inputs, settings: train.Settings, n: int, seed: int, cac
         count = sum(p.numel() for p in trained)
         lr = size.tuning.lr_scale / math.sqrt(count)
         name = f"{layers} x {width}"
-        lines.append(f"{name:16}{count:9,}{lr:10.5f}" + summary.cells([row], COLUMNS))
+        lines.append(f"{name:16}{count:9,}{lr:10.5f}" + summary.cells([row], columns))
     print(f"\n{'layers x width':16}{'trained':>9}{'rate':>10}{'win rate':>15}{'KL to ref':>15}"
           f"{'KL to BoN':>15}")
     print("\n".join(lines))

@@ -14,13 +14,11 @@ NAMES = {"ref": "reference", "bon": "best of {n}", "soft-bon": "soft best of {n}
          "max-at-k-win": "max@{n} of win rate", "infalign": "InfAlign", "bon-sft": "BoN-SFT",
          "bond": "BOND's Jeffreys", "bonbon": "BoNBoN"}
 
-# ----------------------------------------------------------------------------- tables over seeds
-
-Groups = dict[tuple[int, str], list[dict]]
+Groups = dict[tuple[int, str], list[dict]]               # (n, method) -> rows, one a seed
 
 
 def over_seeds(rows: list[dict]) -> Groups:
-    """Group rows that differ only in their seed: (n, method) -> rows."""
+    """Group rows that differ only in their seed."""
     groups = {}
     for row in rows:
         groups.setdefault((row["n"], row["method"]), []).append(row)
@@ -50,10 +48,8 @@ def title(method: str, n: int | str) -> str:
 
 
 def print_table(groups: Groups, pool: Tensor) -> None:
-    """Print means over the seeds; under each N, what best-of-N attains in theory.
-
-    pool: the held-out reference rewards of all seeds.
-    """
+    """Print means over the seeds; under each N, what best-of-N attains in theory (pool: the
+    held-out reference rewards of all seeds)."""
     columns = {"reward": 14, "win_rate": 14, "kl_ref": 14, "kl_bon": 14, "below_win_rate": 15,
                "decoded_win_rate": 16}
     print(f"\n{'':20}{'reward':>13} {'win rate':>14}{'KL to ref':>14}{'KL to BoN':>14}"
@@ -73,7 +69,7 @@ def print_table(groups: Groups, pool: Tensor) -> None:
         kl, win = bon_attains(pool, n)
         reward = theory.bon_expected_reward(pool, n).mean().item()
         kl = "" if math.isnan(kl) else f"{kl:.3f}"
-        print(f"{f'theory, N = {n}':20}{number(reward):>7}{win:15.3f}{kl:>14}{0:14.3f}")
+        print(f"{f'theory, N = {n}':20}{reward:7.3f}{win:15.3f}{kl:>14}{0:14.3f}")
     print("\nKLs in nats per response. ±: the larger of standard deviation over seeds and "
           "standard error.\nBelow highest: how far the win rate is below that of the best policy "
           "with this KL to the\nreference. Best of N of it: how often the best of N responses of "
@@ -100,20 +96,11 @@ def print_aims(groups: Groups) -> None:
 
 def cells(rows: list[dict], columns: dict[str, int]) -> str:
     """Return the means and errors of these columns, each with its width."""
-    return "".join(with_error(mean_and_spread(rows, name)).rjust(width)
-                   for name, width in columns.items())
-
-
-def with_error(found: tuple[float, float] | None) -> str:
-    """Format a number and its ±; empty if it is unknown."""
-    return "" if found is None else f"{number(found[0])} ±{number(found[1])}"
-
-
-def number(x: float) -> str:
-    """Format a number with three decimals, or very large and very small ones with three digits."""
-    if x != 0 and not 1e-4 <= abs(x) < 1e5:
-        return f"{x:.2g}"
-    return f"{x:.3f}"
+    line = ""
+    for name, width in columns.items():
+        found = mean_and_spread(rows, name)
+        line += ("" if found is None else f"{found[0]:.3f} ±{found[1]:.3f}").rjust(width)
+    return line
 
 # -------------------------------------------------------------------------------------- the picture
 
@@ -126,10 +113,7 @@ MARKERS = "osD^v"                                       # of the first N, the se
 
 
 def plot_results(path: Path, groups: Groups, pool: Tensor) -> None:
-    """Plot strips, with a line for each method, and the plane of win rate and KL.
-
-    pool: the held-out reference rewards of all seeds.
-    """
+    """Plot strips, with a line for each method, and the plane of win rate and KL; pool as above."""
     lines = in_order(groups)
     with report.figure(path, 2, (13, 4 + 0.56 * len(lines)), rows=2) as axes:
         for strip, quantity in zip(axes, STRIPS):

@@ -318,8 +318,8 @@ def test_best_of_n_of_best_of_m_is_best_of_nm(world):
 
 
 def test_small_steps_towards_best_of_2_multiply_n():
-    """An anchor that moves by η in logs towards best-of-2 of itself: N · (1 + η) each step, which is
-    BOND's iteration (arXiv 2407.14622)."""
+    """An anchor that moves by η in logs towards best-of-2 of itself: N · (1 + η) each step, as in
+    BOND (arXiv 2407.14622)."""
     u = uniform_rewards(4000)
     log_p = torch.zeros_like(u).log_softmax(-1)
     for _ in range(70):

@@ -9,8 +9,8 @@ rate and KL are estimated from samples of the reference, with exp(score) as weig
     (N-1) · log F          the aim of the bound (3)
     Φ(y) / β               the aims of max@k, InfAlign and WIND, where Φ depends on π: fixed points
 
-Some weights are much larger than others. The effective sample size, 1 / Σ weight², is the number of
-equally weighted samples with the same error. Below 16 no estimate is shown.
+The effective sample size, 1 / Σ weight², is the number of equally weighted samples with the same
+error. Below 16 no estimate is shown.
 """
 import math
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from support.statistics import bon_attains, share_of_sets
 
 MIN_SIZE = 16                           # effective samples below which no estimate is shown
 CODE = ("experiments.theory", "support.statistics", "vbon")     # computes the aims; for `keep`
+
 
 def winner_weights(rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P, M)
     """Return the probability that each of M responses is the best of n *different* ones of them.
@@ -56,7 +57,6 @@ def bon_weights(n: int, ref_rewards: Tensor) -> Tensor:  # (P, M) -> (P, M)
     m = ref_rewards.shape[1]
     return (((less + equal) / m) ** n - (less / m) ** n) / equal
 
-# --------------------------------------------------------------------- what a distribution attains
 
 def attained(weight: Tensor, ref_rewards: Tensor) -> dict[str, float]:
     """Return what a policy attains that has the weights (P, M), which sum to 1 for each prompt.
@@ -86,7 +86,6 @@ def highest_win_rate(kl: float, ref_rewards: Tensor) -> float | None:
     found = attained(aim_weights("highest", 1, beta, ref_rewards), ref_rewards)
     return found["win_rate"] if found["ess"] >= MIN_SIZE else None
 
-# ------------------------------------------------------------------- who wins if it is decoded by N
 
 def decoded_win_rate(reward: Tensor, ref_rewards: Tensor, n: int, own_n: int | None = None
                      ) -> Tensor | None:

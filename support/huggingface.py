@@ -1,7 +1,6 @@
 """Hugging Face folders of a GPT-2: config.json, and weights in safetensors or pytorch_model.bin."""
 import json
 import mmap
-import shutil
 import urllib.request
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model import ACTIVATIONS, GPT
-from support.files import UnusableInput, read_json
+from support.files import UnusableInput, read_json, write_json
 
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 DOWNLOAD = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
@@ -19,7 +18,6 @@ SIZES = {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_
 # settings of config.json that our network does not have: it always uses these values
 FIXED = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
          "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-END_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
           "BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
 # GPT-2 stores these weights as (in, out), nn.Linear as (out, in)
@@ -44,16 +42,13 @@ def load_model(source: str | Path) -> GPT:
         if name.endswith(MASKS):
             continue
         if not is_finite(x):
-            raise UnusableInput(f"{folder}: {name} is no tensor of finite floating-point numbers")
+            raise UnusableInput(f"{folder}: {name} want finite floats")
         if name.endswith(TRANSPOSED) and x.dim() == 2:
             x = x.T
         weights[name] = x.float().contiguous()
     if config["tied"] and "wte.weight" in weights:
         # most files omit the head, since it is the token embedding
         weights.setdefault("lm_head.weight", weights["wte.weight"])
-    if config["n_layer"] > len(weights):
-        raise UnusableInput(f"{folder}: want {config['n_layer']} layers, as config.json says, got "
-                            f"{len(weights)} tensors")
     with torch.device("meta"):                                   # shapes only, no memory yet
         model = GPT(**config)
     found = {name: list(x.shape) for name, x in weights.items()}
@@ -75,40 +70,33 @@ def is_finite(x: object) -> bool:
     return x.layout == torch.strided and x.float().isfinite().all().item()
 
 
-def save_model(model: GPT, folder: str | Path) -> None:
-    """Write config.json and model.safetensors, as Hugging Face's GPT2LMHeadModel reads them."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+def save_model(model: GPT, folder: str | Path, max_length: int | None = None) -> None:
+    """Write config.json and model.safetensors, as Hugging Face's GPT2LMHeadModel reads them.
+
+    With max_length, `generate` samples from the model's own distribution, up to so many tokens.
+    """
+    end_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), model.eot)
     config = {theirs: model.config[ours] for ours, theirs in SIZES.items()} | FIXED | {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "n_ctx": model.config["block_size"],                    # its old name, which others read
         "activation_function": model.config["activation"],
         "tie_word_embeddings": model.config["tied"],
-        **dict.fromkeys(END_IDS, model.eot),
+        **end_ids,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(folder, "config.json"), config)
     tensors = {}
     for name, x in model.state_dict().items():
         tensors["transformer." + name] = x.T if name.endswith(TRANSPOSED) else x
     head = tensors.pop("transformer.lm_head.weight")
     if not model.config["tied"]:
         tensors["lm_head.weight"] = head
-    write_safetensors(folder / "model.safetensors", tensors)
-
-
-def save_generation_config(folder: str | Path, model: GPT, max_length: int) -> None:
-    """Write generation_config.json: `generate` then samples from the model's own distribution.
-
-    That is the full softmax at temperature 1, up to `max_length` tokens with the prompt.
-    """
-    config = {
-        "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
-        "max_length": min(max_length, model.config["block_size"]),
-        **dict.fromkeys(END_IDS, model.eot),
-    }
-    path = Path(folder, "generation_config.json")
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_safetensors(Path(folder, "model.safetensors"), tensors)
+    if max_length is not None:
+        # the full softmax at temperature 1; max_length includes the prompt
+        config = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+                  "max_length": min(max_length, model.config["block_size"]), **end_ids}
+        write_json(Path(folder, "generation_config.json"), config)
 
 
 def download_pretrained(name: str) -> Path:
@@ -125,15 +113,10 @@ def download(url: str, path: Path) -> None:
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url) as response, open(part, "wb") as file:
-            shutil.copyfileobj(response, file)
-            announced = response.headers["Content-Length"]
+        urllib.request.urlretrieve(url, part)       # also an error if the connection breaks off
+        part.replace(path)
     except OSError as error:
-        raise UnusableInput(f"{url}: {error} (set TORCH_HOME to download to another folder)"
-                            ) from None
-    if announced is not None and part.stat().st_size != int(announced):
-        raise UnusableInput(f"{url}: cut short at {part.stat().st_size} of {announced} bytes")
-    part.replace(path)
+        raise UnusableInput(f"{url}: {error} (set TORCH_HOME for another folder)") from None
 
 
 def check_values(path: Path, found: dict, known: dict[str, list]) -> None:
@@ -149,13 +132,12 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     config = read_json(path)
     if config.get("model_type", "gpt2") != "gpt2":
-        raise UnusableInput(f"{path}: want the model_type gpt2, got {config['model_type']!r}; for "
-                            f"another one, use python -m experiments.with_trl")
+        raise UnusableInput(f"{path}: want model_type gpt2, got {config['model_type']!r}; for "
+                            f"others, python -m experiments.with_trl")
     sizes = {ours: config.get(theirs) for ours, theirs in SIZES.items()}
     for name, size in sizes.items():
         if type(size) is not int or not 1 <= size <= 10 ** 6:
-            raise UnusableInput(f"{path}: {SIZES[name]}: want an integer from 1 to a million, got "
-                                f"{size!r}")
+            raise UnusableInput(f"{path}: {SIZES[name]}: want 1 to a million, got {size!r}")
     if sizes["n_embd"] % sizes["n_head"] != 0:
         raise UnusableInput(f"{path}: n_embd: want a multiple of n_head = {sizes['n_head']}")
     known = {name: [None, value] for name, value in FIXED.items()}
@@ -179,8 +161,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             return read_safetensors(path)
         return dict(torch.load(path, "cpu", weights_only=True))
     except Exception as error:                  # an unknown file: PyTorch raises many kinds
-        raise UnusableInput(f"{path}: damaged, or of an unknown type: {type(error).__name__}"
-                            ) from None
+        raise UnusableInput(f"{path}: damaged: {type(error).__name__}") from None
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -206,13 +187,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors in float32, in the format that `read_safetensors` describes."""
     header = {"__metadata__": {"format": "pt"}}
-    data = bytearray()
+    end = 0
     for name, x in tensors.items():
-        begin = len(data)
-        data += x.detach().cpu().float().contiguous().numpy().tobytes()
-        header[name] = {"dtype": "F32", "shape": list(x.shape), "data_offsets": [begin, len(data)]}
+        begin, end = end, end + 4 * x.numel()
+        header[name] = {"dtype": "F32", "shape": list(x.shape), "data_offsets": [begin, end]}
     head = json.dumps(header).encode("utf-8")
     # the data begin at a multiple of 8 bytes
     head += b" " * (-len(head) % 8)
     with open(path, "wb") as file:
-        file.writelines([len(head).to_bytes(8, "little"), head, data])
+        file.write(len(head).to_bytes(8, "little") + head)
+        for x in tensors.values():
+            file.write(x.detach().cpu().float().contiguous().numpy().tobytes())

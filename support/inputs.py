@@ -9,7 +9,7 @@ import torch
 from model import GPT
 from support.files import UnusableInput, check_writable
 from support.huggingface import PRETRAINED, load_model
-from support.kept import check_sources, digest
+from support.kept import check_sources
 from support.own_reward import RewardFile
 from support.reviews import load_reviews
 from support.tokenizer import pretrained_encoding
@@ -28,17 +28,6 @@ class Inputs(NamedTuple):
     own_reward: RewardFile | None   # of --reward
     pretrained: Pretrained | None   # of --init
 
-    def described(self) -> dict[str, str | None]:
-        """Return short names of the inputs, for the lines of results.jsonl."""
-        return {
-            "data": self.reviews and digest(self.reviews),
-            # of a model that a run left: the "weights" in its settings.json
-            "init": self.pretrained and digest(self.pretrained.model.state_dict()),
-            "init_vocabulary": self.pretrained and digest(self.pretrained.encoding),
-            "reward_file": self.own_reward and digest(self.own_reward),
-            "device": self.device.type,
-        }
-
 
 def read_inputs(args: argparse.Namespace) -> Inputs:
     """Read what the command line names. Raises UnusableInput for anything wrong."""
@@ -46,23 +35,20 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     out = Path(args.out)
     check_writable(out)
     device = choose_device(args.device)
-    own_reward = None
+    own_reward = RewardFile(args.reward) if args.reward is not None else None
     reviews = None
     pretrained = None
-    if args.reward is not None:
-        own_reward = RewardFile(args.reward)
     if args.data is not None:
         reviews = load_reviews(args.data, labelled=own_reward is None)
     if args.init is not None:
         if Path(args.init).resolve().parent == out.resolve():
-            raise UnusableInput(f"--init {args.init}: this run may overwrite it; give another "
-                                f"--out")
+            raise UnusableInput(f"--init {args.init}: this run may overwrite it; change --out")
         pretrained = load_pretrained(args.init)
     return Inputs(device, reviews, own_reward, pretrained)
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of --device. Raises UnusableInput for one that cannot be used."""
+    """Return the device of --device, or raise UnusableInput."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.split(":")[0] not in ("cpu", "cuda", "mps"):
@@ -87,9 +73,4 @@ def load_pretrained(init: str) -> Pretrained:
     if tokens != encoding.n_vocab:
         raise UnusableInput(f"--init {init}: the model has {tokens} tokens, its vocabulary "
                             f"{encoding.n_vocab}")
-    # weights may be finite, and still so large that the logits are not
-    with torch.no_grad():
-        finite = model(torch.tensor([encoding.encode_ordinary("the")])).isfinite().all()
-    if not finite:
-        raise UnusableInput(f"--init {init}: the logits of this model are not finite")
     return Pretrained(model, encoding)

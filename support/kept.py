@@ -1,18 +1,16 @@
 """Finished stages, kept in files. A stage runs again only if something that it depends on changed.
 
 A file's name is made from the arguments of its stage and the source of the modules that compute its
-numbers. So a run that was killed continues after the last finished stage, or after the last update
-of fine-tuning; and after an edit, the stages run again that name the edited module.
+numbers. A run that was killed continues after the last finished stage or update of fine-tuning.
 """
 import ast
 import dataclasses
 import functools
+import gc
 import hashlib
-import inspect
 import io
-import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import tiktoken
@@ -22,21 +20,18 @@ from torch import Tensor, nn
 from model import GPT
 from support.files import UnusableInput, write_whole
 
-# ------------------------------------------------------------------ the source of all that computes
-
 ROOT = Path(__file__).parent.parent
+OURS = ("vbon.py", "model.py", "reward.py", "train.py", "support/*.py", "experiments/*.py")
 
 
 def read_sources() -> dict[str, str]:
     """Return the sources of our modules by name: "vbon", "support.text", ..."""
-    files = [ROOT / f"{name}.py" for name in ("vbon", "model", "reward", "train")]
-    for folder in ("support", "experiments"):
-        files += sorted((ROOT / folder).glob("*.py"))
     sources = {}
-    for file in files:
-        if file.exists() and not file.stem.startswith("test_"):
-            name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-            sources[name] = file.read_text(encoding="utf-8")
+    for pattern in OURS:
+        for file in sorted(ROOT.glob(pattern)):
+            if not file.stem.startswith("test_"):
+                name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+                sources[name] = file.read_text(encoding="utf-8")
     return sources
 
 
@@ -48,31 +43,22 @@ def check_sources() -> None:
 
     Otherwise numbers of the old code could be kept under the name of the new one, or the reverse.
     """
+    now = read_sources()
+    # all in memory: other modules may hold functions of a file that was loaded again since
+    functions = [x for x in gc.get_objects() if type(x) is types.FunctionType]
+    ours = [x for x in functions if x.__module__ in SOURCES]
     for name, source in SOURCES.items():
         path = ROOT / (name.replace(".", "/") + ".py")
-        edited = not path.exists() or path.read_text(encoding="utf-8") != source
-        if edited or not set(_code_in_memory(name)) <= _code_of(source, str(path)):
+        loaded = {x.__code__ for x in ours if x.__module__ == name}
+        # others are made by a decorator of the standard library
+        loaded = {code for code in loaded if Path(code.co_filename) == path}
+        if now.get(name) != source or not loaded <= _code_of(source):
             raise UnusableInput(f"{path.name} was edited after its import: restart Python")
 
 
-def _code_in_memory(name: str) -> Iterator[types.CodeType]:
-    """Yield the code of the functions and methods that a module's file has defined."""
-    module = sys.modules.get(name)
-    defined = list(vars(module).values()) if module is not None else []
-    for thing in list(defined):
-        if inspect.isclass(thing) and thing.__module__ == name:
-            defined += vars(thing).values()
-    for thing in defined:
-        code = getattr(inspect.unwrap(thing), "__code__", None)
-        # others are imported, or made by a decorator of the standard library
-        if code is not None and code.co_filename == module.__file__:
-            yield code
-
-
-@functools.cache
-def _code_of(source: str, file: str) -> set[types.CodeType]:
+def _code_of(source: str) -> set[types.CodeType]:
     """Return the code of all functions in a source."""
-    found = [compile(source, file, "exec")]
+    found = [compile(source, "", "exec")]
     for code in found:
         found += [x for x in code.co_consts if isinstance(x, types.CodeType)]
     return set(found)
@@ -84,18 +70,11 @@ def syntax(name: str) -> str:
     return ast.dump(ast.parse(SOURCES[name]))
 
 
-def code_mark() -> str:
-    """Return a short name for all of our code, for the lines of results.jsonl."""
-    return digest([SOURCES[name] for name in sorted(SOURCES)])
-
-# ------------------------------------------------------------------------ short names for contents
-
 def digest(*parts: object) -> str:
     """Return 12 hexadecimal digits that name these contents, today and in another process.
 
-    A model counts by its config, its weights and the type of its device, a tokenizer by its tokens,
-    and an object with a method `depends_on` by what this returns. Raises TypeError for anything
-    whose content is unknown.
+    A model counts by its config, weights and type of device, a tokenizer by its tokens, an object
+    with a method `depends_on` by what this returns. Raises TypeError for others.
     """
     total = hashlib.sha256()
     for part in parts:
@@ -129,15 +108,14 @@ def _add(total, part: object) -> None:
     else:
         raise TypeError(f"the content of a {type(part).__name__} is unknown")
 
-# ------------------------------------------------------------------------------------------- stages
 
 def keep(cache: Path, name: str, stage: Callable[..., dict], *args: object, code: tuple[str, ...],
          resumable: bool = False) -> dict:
     """Return stage(*args), from a file in the folder `cache` if it was made before.
 
     code: the names of the modules whose code makes the numbers. A resumable stage gets one more
-    argument, before the others: the path of a checkpoint, from which it may continue. The
-    checkpoint is removed at the end. Models in the result are on the CPU.
+    argument, before the others: the path of a checkpoint, from which it may continue. Models in the
+    result are on the CPU.
     """
     key = digest(torch.__version__, [syntax(module) for module in code], args)
     path = cache / f"{name}-{key}.pt"
@@ -189,10 +167,7 @@ def save_checkpoint(path: Path, step: int, trained: list[Tensor], optimizer, his
 
 
 def resume(path: Path, trained: list[Tensor], optimizer) -> tuple[int, list[dict], float]:
-    """Set the trained parameters and the optimizer from a checkpoint, if there is one.
-
-    Returns the number of finished steps, the history and the seconds that they took.
-    """
+    """Continue from a checkpoint, if any. Return the finished steps, the history, the seconds."""
     saved = load(path)
     if saved is None:
         return 0, [], 0.0

@@ -26,9 +26,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(description: str, settings, several: bool = False) -> Parser:
-    """Return a parser of the flags that train.py and the experiments share.
+    """Return a parser of the flags that train.py and the experiments share. Each setting is one.
 
-    Each setting is a flag. With `several`, --n and --seed take any number of values, else one.
+    With `several`, --n and --seed take any number of values.
     """
     parser = Parser(description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -36,30 +36,24 @@ def make_parser(description: str, settings, several: bool = False) -> Parser:
     nargs = "+" if several else None
     run = parser.add_argument_group("the run")
     run.add_argument("--n", type=int, nargs=nargs, default=[4] if several else 4,
-                     help="the N of best-of-N; above 8, with three times the updates (default: 4)")
+                     help="N; above 8, with three times the updates (default: 4)")
     run.add_argument("--seed", type=int, nargs=nargs, default=[0] if several else 0,
-                     help="another seed repeats everything, the built-in text included, with other "
-                     "random numbers (default: 0)")
+                     help="another seed repeats everything, also the text (default: 0)")
     if not several:
         run.add_argument("--sample", metavar="TEXT", help="only print responses of a finished run, "
                          "of its reference, best-of-N and policy, to the prompt TEXT")
-    run.add_argument("--out", metavar="DIR", help="folder for results, pictures and finished "
-                     "stages (default: out, or out-quick with --quick)")
-    run.add_argument("--device", default="auto", help="cpu, cuda or mps (default: cuda where it is "
-                     "available, else cpu)")
-    run.add_argument("--quick", action="store_true", help="use tiny sizes: a few seconds that show "
-                     "that the program runs; the numbers mean nothing")
+    run.add_argument("--out", metavar="DIR", help="folder of results (default: out or out-quick)")
+    run.add_argument("--device", default="auto", help="cpu, cuda or mps (default: cuda or cpu)")
+    run.add_argument("--quick", action="store_true", help="tiny sizes: see that the program runs")
 
     inputs = parser.add_argument_group("your own text, reward and model")
-    inputs.add_argument("--data", metavar="DIR", help="folder with your own labelled reviews: "
-                        "pos.txt and neg.txt, one review a line, or pos/*.txt and neg/*.txt, one "
-                        "review a file; with --reward, texts.txt is enough, one text a line")
-    inputs.add_argument("--reward", metavar="FILE.py", help="Python file that defines "
-                        "reward(prompts, responses): two lists of texts in, one number for each "
-                        "pair out; changes of files that it imports are not noticed")
-    inputs.add_argument("--init", metavar="GPT2", help="start the reference model from gpt2, "
-                        "gpt2-medium, gpt2-large or gpt2-xl, which are downloaded, or from a "
-                        "Hugging Face folder of a GPT-2")
+    inputs.add_argument("--data", metavar="DIR", help="folder of reviews: pos.txt and neg.txt, one "
+                        "a line, or pos/*.txt and neg/*.txt, one a file; texts.txt, one a line, is "
+                        "enough with --reward")
+    inputs.add_argument("--reward", metavar="FILE.py", help="Python file with a function "
+                        "reward(prompts, responses): lists of texts in, a number for each pair out")
+    inputs.add_argument("--init", metavar="GPT2", help="weights of a GPT-2 to start from: gpt2, "
+                        "gpt2-medium, gpt2-large, gpt2-xl (downloaded), or a Hugging Face folder")
 
     for stage in dataclasses.fields(settings):
         values = getattr(settings, stage.name)
@@ -71,17 +65,13 @@ def make_parser(description: str, settings, several: bool = False) -> Parser:
 
 
 def run(program: Callable[[], object], name: str) -> None:
-    """Run a program, and exit as the shell expects: 2 for unusable input, 130 for Ctrl-C.
-
-    Any other exception keeps its traceback and exits with status 1: it may be a bug in these files.
-    """
+    """Run a program. Exit with 2 for unusable input, 130 for Ctrl-C, 1 for a bug."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # where ± cannot be printed, print ? instead
     try:
         program()
     except UnusableInput as error:
-        message = " ".join(str(error).split())
-        print(f"{name}: error: {message}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues after the last finished stage or update",

@@ -56,10 +56,6 @@ class RewardFile:
         """Return what rewards are kept under: the code of the file, and its DEPENDS_ON, if any."""
         return [ast.dump(ast.parse(self.source)), repr(self.declared)]
 
-    def __str__(self) -> str:
-        """Return the path, and DEPENDS_ON, if any."""
-        return str(self.path) if self.declared is None else f"{self.path} ({self.declared})"
-
     def ask(self, prompts: list[str], responses: list[str]) -> list[float]:
         """Return the rewards of one batch. Raises UnusableInput as above."""
         with self._guard():
@@ -136,10 +132,7 @@ class OwnReward:
         self(tokens[:8, :prompt_tokens], tokens[:8, None, prompt_tokens:])
 
     def __call__(self, prompt: Tensor, response: Tensor) -> Tensor:  # (P, T), (P, K, L) -> (P, K)
-        """Return the rewards, in float64. The function gets at most 1,024 pairs of texts at a time.
-
-        End-of-text is removed, and bytes that are not UTF-8 become U+FFFD.
-        """
+        """Return the rewards, in float64. Bytes that are not UTF-8 become U+FFFD in the texts."""
         K = response.shape[1]
         prompts = [decode(self.encoding, ids) for ids in prompt.repeat_interleave(K, 0).tolist()]
         responses = [decode(self.encoding, ids) for ids in response.flatten(0, 1).tolist()]

@@ -16,9 +16,8 @@ def train_reference(initial: GPT | None, vocab_size: int, tokens: Tensor, unseen
                     settings, seed: int, device: str) -> dict:
     """Train a language model on tokens (R, T) by maximum likelihood; a stage for `keep`.
 
-    It starts from a copy of `initial`, or from random weights. settings: layers, heads, width,
-    lm_steps, lm_batch, lm_lr. Returns the model, and "nats", its mean cross-entropy per token on
-    unseen_tokens (R', T).
+    It starts from a copy of `initial`, or from random weights. Returns the model, and "nats", its
+    mean cross-entropy per token on unseen_tokens (R', T).
     """
     if initial is not None:
         model = copy.deepcopy(initial)
@@ -56,8 +55,7 @@ def train_reference(initial: GPT | None, vocab_size: int, tokens: Tensor, unseen
 
 
 def lm_loss(model: GPT, tokens: Tensor) -> Tensor:  # (B, T) -> ()
-    """Mean cross-entropy per token, in nats. The first token is not predicted; the first
-    end-of-text is."""
+    """Return the mean cross-entropy, in nats, of tokens 2, 3, ... and the first end-of-text."""
     mask = response_mask(tokens, model.eot)[:, 1:]
     states = model.states(tokens[:, :-1])
     return functional.cross_entropy(model.lm_head(states[mask]), tokens[:, 1:][mask])

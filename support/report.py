@@ -7,13 +7,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from support.files import write_whole
 from support.statistics import bon_attains, share_of_ties
-
-# --------------------------------------------------------------------------------- progress lines
 
 _last_line = {"at": 0.0}                                # when the last progress line was printed
 
@@ -35,7 +32,6 @@ def show_progress(label: str, done: int, total: int, began: float, stats: dict |
     end = "\r" if live and done < total else "\n"
     print(f"{line:79.79}" if live else line, end=end, flush=True)
 
-# ------------------------------------------------------------------------------ the table
 
 def title(method: str, n: int) -> str:
     """Return the name of a method in tables and pictures."""
@@ -62,7 +58,7 @@ def print_table(rows: list[dict], ref_rewards: Tensor, length: int) -> None:
     print(f"{f'theory, n = {n}':21}{win:6.3f}{kl:>14}{0:14.3f}")
     if kl == "too few":
         print(f"\ntoo few: in theory, best of {n} keeps a handful of the {ref_rewards.shape[1]} "
-              f"samples of a prompt, not enough\nto estimate a KL.")
+              f"samples of a prompt.")
     ties = share_of_ties(ref_rewards)
     if ties == 1:
         print("\nAll rewards of a prompt are the same: there is nothing to learn.")
@@ -76,8 +72,6 @@ def print_table(rows: list[dict], ref_rewards: Tensor, length: int) -> None:
         cells = [f"{title(row['method'], row['n'])} {row['cut']:.0%}" for row in rows]
         print(f"Responses that do not end within {length} tokens, but are cut: {', '.join(cells)}.")
 
-
-# ------------------------------------------------------------------------------ the picture
 
 def plot_run(path: Path, rows: list[dict], rewards: list[Tensor], ref_rewards: Tensor,
              history: list[dict]) -> None:
@@ -97,12 +91,10 @@ def plot_rewards(axes, rows: list[dict], rewards: list[Tensor]) -> None:
     # line styles tell them apart without colors, too
     looks = (("reference, 1 sample", "0.6", "-"), (f"best of {n}, {n} samples", "tab:blue", "-"),
              ("vBoN, 1 sample", "tab:red", "--"))
-    low = rewards[0].min().item() - 0.1
-    high = rewards[0].max().item() + 0.1
-    bins = torch.linspace(low, high, 50, dtype=torch.float64).tolist()
+    span = (rewards[0].min().item() - 0.1, rewards[0].max().item() + 0.1)
     for row, reward, (label, color, line) in zip(rows, rewards, looks):
-        axes.hist(reward.flatten().tolist(), bins, density=True, histtype="step", lw=2, color=color,
-                  ls=line, label=label)
+        axes.hist(reward.flatten().tolist(), 49, span, density=True, histtype="step", lw=2,
+                  color=color, ls=line, label=label)
         axes.axvline(row["reward"], color=color, ls=line, lw=1)
     axes.set(xlabel="reward of a response (vertical lines: means)", ylabel="density",
              title="Rewards on held-out prompts")
@@ -111,9 +103,10 @@ def plot_rewards(axes, rows: list[dict], rewards: list[Tensor]) -> None:
 
 def plot_path(axes, rows: list[dict], ref_rewards: Tensor, history: list[dict]) -> None:
     """Plot KL and win rate of the policy during training, along the curve of best-of-n."""
-    # best-of-n for every n, from the reference samples alone
-    n = rows[1]["n"]
+    best = rows[1]
     policy = rows[2]
+    n = best["n"]
+    # best-of-n for every n, from the reference samples alone
     curve = [bon_attains(ref_rewards, i) for i in range(1, 3 * n + 1)]
     axes.plot([kl for kl, _ in curve], [win for _, win in curve], ".-", color="tab:blue", lw=1,
               label="best of 1, 2, 3, ..., in theory")
@@ -126,12 +119,11 @@ def plot_path(axes, rows: list[dict], ref_rewards: Tensor, history: list[dict]) 
     axes.plot(kl, win, ".-", color="tab:red", lw=1, alpha=0.5, label="vBoN during training")
     axes.plot(policy["kl_ref"], policy["win_rate"], "D", color="tab:red", ms=7,
               label="vBoN, trained")
-    best = rows[1]
     axes.plot(best["kl_ref"], best["win_rate"], "o", color="tab:blue", ms=10, mfc="none", mew=2,
               label=f"best of {n}")
     axes.set(xlabel="KL to the reference, nats per response", ylabel="win rate over the reference",
-              title="The policy's path during training",
-              xlim=(-0.03, 2 * best["kl_ref"] + 0.1))
+             title="The policy's path during training",
+             xlim=(-0.03, 2 * best["kl_ref"] + 0.1))
     axes.legend(frameon=False, loc="lower right")
 
 
@@ -147,13 +139,11 @@ def group_means(values: list[float], groups: int = 12) -> list[float]:
 
 @contextlib.contextmanager
 def figure(path: Path, columns: int, size: tuple[float, float], rows: int = 1) -> Iterator[list]:
-    """Make a figure with axes side by side, and write it as PNG at the end of the `with` block.
+    """Make a figure with axes, row by row, and write it as PNG at the end of the `with` block.
 
-    The axes come row by row.
-
-    matplotlib's settings are its own defaults here, and afterwards those of the caller again: a
-    notebook may have changed them. The import is here, so that --help need not wait for it.
+    matplotlib's settings are its own defaults here, and afterwards those of the caller again.
     """
+    # here, so that --help need not wait for it
     import matplotlib
     from matplotlib.figure import Figure
     with matplotlib.rc_context():

@@ -10,10 +10,10 @@ from torch import Tensor
 import vbon
 from model import GPT
 from reward import Classifier
-from support.files import UnusableInput, write_lines, write_whole
-from support.huggingface import load_model, save_generation_config, save_model
+from support.files import UnusableInput, write_json, write_lines, write_whole
+from support.huggingface import load_model, save_model
 from support.inputs import Inputs, choose_device
-from support.kept import code_mark, digest, load, save
+from support.kept import SOURCES, digest, load, save
 from support.own_reward import OwnReward, RewardFile
 from support.report import plot_run
 from support.reviews import normalise
@@ -45,8 +45,8 @@ def leave(args: argparse.Namespace, run, best: Tensor, made_by: dict) -> None:
 
     # ---- responses: some to read, all to compute with
     prompts = world.held_out.prompt[:8].to(world.reference.wte.weight.device)
-    models = models_of_run(run.n, world.reference, run.policy)
-    some = sample_text(encoding, prompts, world.reward, models, world.text.length, run.seed)
+    some = sample_text(encoding, prompts, world.reward, world.reference, run.policy, run.n,
+                       world.text.length, run.seed)
     some = f"The number before a response is its reward.\n\n{some}"
     write_whole(out / "samples.txt", some.encode("utf-8"))
     write_records(out, name, run)
@@ -67,33 +67,25 @@ def leave(args: argparse.Namespace, run, best: Tensor, made_by: dict) -> None:
           f"responses-*.jsonl,\nthe policy in policy-{name}, the reference in "
           f"reference-seed{run.seed}")
 
-# -------------------------------------------------------------------------------- results.jsonl
 
 def read_results(out: Path) -> list[dict]:
-    """Return the lines of results.jsonl in the folder `out`; none if there is no such file.
-
-    A line that was cut short by a kill is left out. Raises UnusableInput for another damaged one.
-    """
+    """Return the lines of results.jsonl in the folder `out`, if any. Raises UnusableInput."""
     path = out / "results.jsonl"
     if not path.exists():
         return []
     try:
+        # what follows the last line break is empty, or a line that was cut short
         return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
     except ValueError:
         raise UnusableInput(f"{path}: a line is damaged; delete it, or move the file") from None
 
 
 def add_results(out: Path, rows: list[dict]) -> None:
-    """Append those rows to results.jsonl whose settings are not there already."""
-    known = [settings_of(row) for row in read_results(out)]
-    with open(out / "results.jsonl", "ab+") as file:
-        # a kill may have left a part of a line at the end
-        file.seek(0)
-        content = file.read()
-        if not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
-        lines = [json.dumps(row) + "\n" for row in rows if settings_of(row) not in known]
-        file.write("".join(lines).encode("utf-8"))
+    """Add those rows to results.jsonl whose settings are not there already."""
+    before = read_results(out)
+    known = [settings_of(row) for row in before]
+    new = [row for row in rows if settings_of(row) not in known]
+    write_lines(out / "results.jsonl", before + new)
 
 
 def settings_of(row: dict) -> dict:
@@ -103,28 +95,32 @@ def settings_of(row: dict) -> dict:
 
 def describe(settings, text: Text, inputs: Inputs, quick: bool) -> dict:
     """Return all that a result depends on besides method, N, β and seed: a part of its line."""
-    # a small text may have fewer tokens and prompts than the settings ask for
-    found = {"vocab": text.encoding.n_vocab, "length": text.length, "prompts": len(text.prompts),
-             "held_prompts": len(text.held_prompts)}
-    return flat(settings) | inputs.described() | found | {"quick": quick, "code": code_mark()}
+    pretrained = inputs.pretrained
+    return flat(settings) | {
+        "data": inputs.reviews and digest(inputs.reviews),
+        # of a model that a run left: the "weights" in its settings.json
+        "init": pretrained and digest(pretrained.model.state_dict()),
+        "init_vocabulary": pretrained and digest(pretrained.encoding),
+        "reward_file": inputs.own_reward and digest(inputs.own_reward),
+        "device": inputs.device.type,
+        # a small text may have fewer tokens and prompts than the settings ask for
+        "vocab": text.encoding.n_vocab, "length": text.length,
+        "prompts": len(text.prompts), "held_prompts": len(text.held_prompts),
+        "quick": quick, "code": digest(SOURCES),
+    }
 
-# ------------------------------------------------------------------------------------ responses
 
 def write_records(out: Path, name: str, run) -> None:
-    """Write held-out prompts, all responses of the evaluation, and the history of training."""
+    """Write the history of training, and all responses of the evaluation."""
     world = run.world
     encoding = world.text.encoding
     prompts = world.held_out.prompt
-    records = [{"prompt_id": i, "prompt": decode(encoding, ids), "tokens": ids}
-               for i, ids in enumerate(prompts.tolist())]
-    write_lines(out / f"held-out-prompts-seed{run.seed}.jsonl", records)
     write_lines(out / f"history-{name}.jsonl",
                 [{"step": i + 1} | stats for i, stats in enumerate(run.history)])
     rows = []
     for use, samples in (("estimates F", world.held_out), ("candidate", world.candidates)):
-        found = {"response": samples.response, "reward": samples.reward,
-                 "logprob": samples.logprob, "ref_logprob": samples.logprob,
-                 "token_kl": torch.zeros_like(samples.logprob)}
+        found = samples._asdict() | {"ref_logprob": samples.logprob,
+                                     "token_kl": torch.zeros_like(samples.logprob)}
         rows += response_records("ref", use, prompts, found, encoding)
     write_lines(out / f"responses-reference-seed{run.seed}.jsonl", rows)
     rows = response_records("vbon", "evaluation", prompts, run.evaluated, encoding)
@@ -135,8 +131,7 @@ def response_records(method: str, use: str, prompts: Tensor, found: dict,
                      encoding: tiktoken.Encoding) -> list[dict]:
     """Return a record for each response: texts, reward, and log-probabilities in nats.
 
-    found: response (P, K, L); reward, logprob, ref_logprob and token_kl (P, K). logprob is that of
-    the method which sampled the response. The means over these records are the rows of the table.
+    found: response (P, K, L); reward, logprob (the method's), ref_logprob and token_kl (P, K).
     """
     names = ("reward", "logprob", "ref_logprob", "token_kl")
     numbers = {name: found[name].tolist() for name in names}
@@ -150,22 +145,15 @@ def response_records(method: str, use: str, prompts: Tensor, found: dict,
     return rows
 
 
-def models_of_run(n: int, reference: GPT, policy: GPT) -> list[tuple[str, GPT, int]]:
-    """Return the models for `sample_text`: title, model, number of responses to choose from."""
-    return [("reference", reference, 1), (f"best of {n}", reference, n), ("vBoN", policy, 1)]
-
-
-def sample_text(encoding: tiktoken.Encoding, prompts: Tensor, reward_fn, models: list, length: int,
-                seed: int) -> str:
-    """Return each prompt (P, T), followed by a response of each model with its reward, unedited.
-
-    models: (title, model, n); the best of n responses is shown.
-    """
-    room = models[0][1].config["block_size"] - prompts.shape[1]
+def sample_text(encoding: tiktoken.Encoding, prompts: Tensor, reward_fn, reference: GPT,
+                policy: GPT, n: int, length: int, seed: int) -> str:
+    """Return each prompt (P, T), and responses of reference, best-of-n and policy with rewards."""
+    room = reference.config["block_size"] - prompts.shape[1]
     blocks = [[one_line(decode(encoding, prompt)) + " ..."] for prompt in prompts.tolist()]
-    for name, model, n in models:
+    models = (("reference", reference, 1), (f"best of {n}", reference, n), ("vBoN", policy, 1))
+    for name, model, k in models:
         generator = seeded_generator(prompts.device, "answers", seed)
-        response, _ = model.sample(prompts, n, min(length, room), generator)
+        response, _ = model.sample(prompts, k, min(length, room), generator)
         reward = reward_fn(prompts, response).cpu()
         best = vbon.best_of_n(reward, seeded_generator("cpu", "answers", seed)).tolist()
         for i, j in enumerate(best):
@@ -178,29 +166,21 @@ def one_line(text: str) -> str:
     """Return a text with its line breaks written as \\n, so that it stays in its row."""
     return "\\n".join(text.splitlines())
 
-# --------------------------------------------------------------------------------------- models
 
 def export_model(folder: Path, model: GPT, encoding: tiktoken.Encoding, row: dict) -> None:
-    """Write a Hugging Face folder: model, tokenizer, and settings.json with the settings of `row`.
-
-    With its generation_config.json, transformers samples from the model's own distribution. The
-    folder is complete when settings.json, which is written last, is there.
-    """
+    """Write a Hugging Face folder: model, tokenizer, and the settings of `row` in settings.json."""
     settings = settings_of(row) | {"weights": digest(model.state_dict())}
+    # written last: a folder that has it is complete
     last = folder / "settings.json"
     last.unlink(missing_ok=True)
-    save_model(model, folder)
+    save_model(model, folder, row["prompt_tokens"] + row["length"])
     save_tokenizer(encoding, folder, model.config["block_size"])
-    save_generation_config(folder, model, row["prompt_tokens"] + row["length"])
-    write_whole(last, (json.dumps(settings, indent=2) + "\n").encode("utf-8"))
+    write_json(last, settings)
 
 
 @torch.no_grad()
 def sample_run(args: argparse.Namespace) -> str:
-    """Return three responses of each model of a finished run to the prompt of --sample.
-
-    Raises UnusableInput if the folder holds no such run.
-    """
+    """Return three responses of each model of a finished run to --sample. Raises UnusableInput."""
     out = Path(args.out)
     name = f"n{args.n}-seed{args.seed}"
     folder = out / f"policy-{name}"
@@ -226,5 +206,5 @@ def sample_run(args: argparse.Namespace) -> str:
     else:
         reward_fn = OwnReward(RewardFile(kept["reward"]), encoding, out / "cache")
     prompt = torch.tensor(ids, device=device).repeat(3, 1)
-    models = models_of_run(args.n, reference, policy)
-    return sample_text(encoding, prompt, reward_fn, models, kept["length"], args.seed)
+    return sample_text(encoding, prompt, reward_fn, reference, policy, args.n, kept["length"],
+                       args.seed)

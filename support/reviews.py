@@ -8,8 +8,11 @@ from support.files import UnusableInput, read_text
 
 Review = tuple[str, int]                                # text, label: 1 positive, 0 negative
 
-# ----------------------------------------------------------------------------- the built-in reviews
+MIN_REVIEWS = 100                                       # of each label in a folder
+LONGEST = 2000                                          # characters of a review that are used
+LINE_BREAK = re.compile(r"<\s*/?\s*br\b[^>]*>", re.IGNORECASE)      # <br>, <BR clear="all">, ...
 
+# the grammar of the built-in reviews
 WHO = "i|we|my sister|my brother|my wife|my husband|our film club|the whole family".split("|")
 DID = "watched|saw|rented|caught|finished".split("|")
 FILM = "this|this film|this movie|it|the film".split("|")
@@ -41,9 +44,8 @@ VERDICT = {3: "a joy from start to finish|worth every minute",
 def builtin_reviews(count: int, seed: int) -> list[Review]:
     """Return short film reviews, made by a small grammar that was written for this project.
 
-    Each review has a mood, which makes praise or complaint more probable in each of its comments;
-    most reviews mix both. Its strength is the sum over the comments. The label is 1 with the
-    log-odds 1.2 · strength, so labels are a little noisy.
+    Its mood makes praise or complaint more probable in each comment of a review; most mix both. The
+    label is 1 with log-odds 1.2 · strength, the sum over the comments, so it is a little noisy.
     """
     rng = random.Random(f"reviews/{seed}")
     reviews = []
@@ -110,12 +112,6 @@ def _graded(rng: random.Random, table: dict[int, str], mood: float) -> tuple[str
             weights.append(math.exp(mood * strength / 1.5))
     return rng.choices(phrases, weights)[0]
 
-# --------------------------------------------------------------------------------- your own reviews
-
-MIN_REVIEWS = 100                                       # of each label
-LONGEST = 2000                                          # characters of a review that are used
-LINE_BREAK = re.compile(r"<\s*/?\s*br\b[^>]*>", re.IGNORECASE)      # <br>, <BR clear="all">, ...
-
 
 def load_reviews(folder: str | Path, labelled: bool = True) -> list[Review]:
     """Return the reviews of a folder, each once: pos.txt and neg.txt with one review a line, or
@@ -125,24 +121,18 @@ def load_reviews(folder: str | Path, labelled: bool = True) -> list[Review]:
     """
     root = Path(folder)
     labels = {"pos": 1, "neg": 0}
-    for name in ("prompts", "texts"):                   # prompts.txt is the old name
-        if not labelled and any(root.glob(f"{name}.txt")):
-            labels = {name: 0}
+    if not labelled and (root / "texts.txt").exists():
+        labels = {"texts": 0}
     reviews = {}                                        # by what repeated texts have in common
     for name, label in labels.items():
+        before = len(reviews)
         for text in _read_texts(root, name):
-            first = reviews.setdefault(text.casefold(), (text, label))
-            if first[1] != label:
-                reviews[text.casefold()] = (text, None)
-    kept = [review for review in reviews.values() if review[1] is not None]
-    if len(kept) < len(reviews):
-        print(f"  {len(reviews) - len(kept)} texts have both labels and are dropped")
-    for name, label in labels.items():
-        count = sum(1 for review in kept if review[1] == label)
+            reviews.setdefault(text.casefold(), (text, label))
+        count = len(reviews) - before
         if count < MIN_REVIEWS:
             raise UnusableInput(f"--data {folder}: want at least {MIN_REVIEWS} different texts in "
                                 f"{name}, got {count}")
-    return kept
+    return list(reviews.values())
 
 
 def _read_texts(root: Path, name: str) -> list[str]:

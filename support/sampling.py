@@ -14,8 +14,7 @@ RESPONSES = 1024                                        # in a part
 def seeded_generator(device: torch.device | str, *names: object) -> torch.Generator:
     """Return a generator whose seed is derived from the names, such as ("batch", seed, step).
 
-    Each purpose has its own generator. So what is sampled for one purpose does not depend on what
-    was sampled before for others, and a resumed run ends with the numbers of an uninterrupted one.
+    With its own generator, each purpose gets the same numbers whatever was sampled before.
     """
     text = "".join(f"{name!r};" for name in names)
     seed = int(hashlib.sha256(text.encode("utf-8")).hexdigest()[:12], 16)
@@ -46,10 +45,10 @@ def compute_rewards(reward_fn, prompts: Tensor, response: Tensor, name: str, dev
     size = max(1, RESPONSES // response.shape[1])
     parts = list(zip(prompts.split(size), response.split(size)))
     reward = []
-    for i, (prompt, part) in enumerate(parts):
-        reward.append(reward_fn(prompt.to(device), part.to(device)).cpu())
+    for x, y in parts:
+        reward.append(reward_fn(x.to(device), y.to(device)).cpu())
         if time.monotonic() - began > 2:                # a classifier is faster
-            show_progress(f"rewards ({name})", i + 1, len(parts), began)
+            show_progress(f"rewards ({name})", len(reward), len(parts), began)
     return {"reward": torch.cat(reward), "seconds": time.monotonic() - began}
 
 

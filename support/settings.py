@@ -41,12 +41,8 @@ def change(settings, **values: int | float):
 
 
 def choose_settings(s, args: argparse.Namespace, n: int, inputs: Inputs):
-    """Return the settings of a run, from those for the built-in text.
-
-    Raises UnusableInput for flags that do not fit the text and the model.
-    """
-    given = {field.name: getattr(args, field.name) for field in all_fields(s)
-             if getattr(args, field.name) is not None}
+    """Return the settings of a run, from those for the built-in text. Raises UnusableInput."""
+    given = {name: getattr(args, name) for name in flat(s) if getattr(args, name) is not None}
     prompt_tokens = given.get("prompt_tokens", s.text.prompt_tokens)
     if inputs.reviews is not None:
         # real text has more distinct words and sentences than the built-in one: more of everything
@@ -100,7 +96,7 @@ def choose_settings(s, args: argparse.Namespace, n: int, inputs: Inputs):
 
 def _check(s, given: dict, n: int, inputs: Inputs) -> None:
     """Raise UnusableInput for values that are out of range, or do not fit together."""
-    limits = {field.name: field.metadata["least"] for field in all_fields(s)} | {"n": 1}
+    limits = {x.name: x.metadata["least"] for x in all_fields(s)} | {"n": 1}
     for name, value in (given | {"n": n}).items():
         if not limits[name] <= value < math.inf:
             raise UnusableInput(f"{flag(name)} {value}: want at least {limits[name]}")
@@ -119,7 +115,7 @@ def _check(s, given: dict, n: int, inputs: Inputs) -> None:
                             f"{s.reference.heads}")
     if n > s.samples.m_eval:
         raise UnusableInput(f"--n {n}: want at most {s.samples.m_eval}, the number of samples that "
-                            f"best-of-N is evaluated with")
+                            f"best-of-N is evaluated on")
 
 
 def flag(name: str) -> str:

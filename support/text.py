@@ -11,6 +11,8 @@ from support.inputs import Pretrained
 from support.reviews import builtin_reviews
 from support.tokenizer import pad, train_tokenizer
 
+LONGEST = 64                        # tokens of a response, unless --length is given
+
 
 class Text(NamedTuple):
     """Tokenized reviews, truncated or padded with end-of-text, and prompts."""
@@ -24,15 +26,11 @@ class Text(NamedTuple):
     held_prompts: Tensor            # (P', T0) held out: vBoN is not trained on any of them
 
 
-LONGEST = 64                        # tokens of a response, unless --length is given
-
-
 def make_text(reviews: list | None, pretrained: Pretrained | None, settings, seed: int) -> Text:
     """Return the reviews, or the built-in ones, as tokens, and the prompts; print what they are.
 
-    settings: reviews, vocab, prompt_tokens, length, prompts, held_prompts. A length of 0 is chosen
-    here: it cuts a tenth of the reviews, but it is at most LONGEST, and at most what a model of
-    --init has room for. Raises UnusableInput if the text has too few different prompts.
+    A length of 0 is chosen here: it cuts a tenth of the reviews, but it is at most LONGEST, and at
+    most what a model of --init has room for. Raises UnusableInput for too few different prompts.
     """
     reviews = list(reviews or builtin_reviews(settings.reviews, seed))
     random.Random(seed).shuffle(reviews)
@@ -65,11 +63,10 @@ def make_text(reviews: list | None, pretrained: Pretrained | None, settings, see
     unseen = max(16, len(reviews) // 20)
     text = Text(encoding, length, tokens[unseen:], labels[unseen:], tokens[:unseen],
                 labels[:unseen], prompts[held:last], prompts[:held])
-    print(f"text: {len(reviews)} reviews; {len(text.prompts)} training prompts and {held} held-out "
-          f"ones")
-    if len(text.prompts) < min(64, settings.prompts):
-        print("note: so few prompts may not carry over to others. With more --prompt-tokens, fewer "
-              "texts\n  begin alike")
+    found = len(text.prompts)
+    print(f"text: {len(reviews)} reviews; {found} training prompts and {held} held-out ones")
+    if found < min(64, settings.prompts):
+        print("note: so few prompts may not carry over to others; raise --prompt-tokens")
     if cut > 0.1:
         print(f"note: {cut:.0%} of the texts are cut; with --length {enough}, 10% would be")
     return text

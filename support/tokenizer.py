@@ -1,5 +1,4 @@
 """Tokens: a byte-pair trainer, tiktoken's encoder, the tokenizer files of Hugging Face folders."""
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -10,7 +9,7 @@ import torch
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
-from support.files import UnusableInput, read_json, read_text
+from support.files import UnusableInput, read_json, read_text, write_json
 from support.huggingface import PRETRAINED, check_values
 
 END = "<|endoftext|>"
@@ -24,10 +23,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     """Learn byte-pair merges (Sennrich et al. 2016, arXiv 1508.07909) and return an encoder.
 
     Ids 0..255 are the bytes. The merges follow in the order learned; each step merges the most
-    frequent pair of adjacent tokens. End-of-text is last. The vocabulary is smaller than
-    `vocab_size` if no pairs are left.
+    frequent pair of adjacent tokens, if any is left. End-of-text is last.
     """
-    counts = Counter(word for text in texts for word in re.findall(PATTERN, text))
+    counts = Counter()
+    for text in texts:
+        counts.update(re.findall(PATTERN, text))
     # each distinct word as a list of tokens, which are its bytes at first
     words = []
     for word, count in counts.items():
@@ -37,28 +37,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     # how often each pair of adjacent tokens occurs, and in which words
     pairs = Counter()
     where = defaultdict(set)
-    for i in range(len(words)):
-        _count_pairs(words[i], i, pairs, where)
-    while len(ranks) < vocab_size - 1:
+    changed = range(len(words))
+    while True:
+        for i in changed:
+            parts, count = words[i]
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += count
+                where[pair].add(i)
         best = max(pairs, key=pairs.get, default=None)
-        if not pairs[best]:
-            break
+        if len(ranks) >= vocab_size - 1 or not pairs[best]:
+            return make_encoding(ranks)
         ranks[best[0] + best[1]] = len(ranks)
-        for i in where.pop(best):
+        # only words with this pair change: take their old pairs out of the counts
+        changed = where.pop(best)
+        for i in changed:
             parts, count = words[i]
             for pair in zip(parts, parts[1:]):
                 pairs[pair] -= count
             _merge(parts, best)
-            _count_pairs(words[i], i, pairs, where)
-    return make_encoding(ranks)
-
-
-def _count_pairs(word: tuple[list[bytes], int], i: int, pairs: Counter, where: dict) -> None:
-    """Add the pairs of word i to the counts."""
-    parts, count = word
-    for pair in zip(parts, parts[1:]):
-        pairs[pair] += count
-        where[pair].add(i)
 
 
 def _merge(parts: list[bytes], pair: tuple[bytes, bytes]) -> None:
@@ -73,8 +69,7 @@ def _merge(parts: list[bytes], pair: tuple[bytes, bytes]) -> None:
 def make_encoding(ranks: dict[bytes, int], name: str = "vbon") -> tiktoken.Encoding:
     """Return an encoder from its tokens: bytes to id, where lower ids are merged first.
 
-    End-of-text gets the last id. The name, "vbon" or "gpt2", chooses the pattern that splits a text
-    into words.
+    The name, "vbon" or "gpt2", chooses the pattern that splits a text into words.
     """
     return tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks,
                              special_tokens={END: len(ranks)})
@@ -87,18 +82,12 @@ def encode(encoding: tiktoken.Encoding, texts: Iterable[str], length: int) -> Te
 
 def pad(rows: Iterable[list[int]], length: int, eot: int) -> Tensor:
     """Return token ids (R, length): each row truncated, or padded with end-of-text."""
-    table = []
-    for row in rows:
-        row = row[:length]
-        table.append(row + [eot] * (length - len(row)))
-    return torch.tensor(table)
+    return torch.tensor([row[:length] + [eot] * (length - len(row)) for row in rows])
 
 
 def decode(encoding: tiktoken.Encoding, ids: list[int]) -> str:
     """Return the text of token ids, without end-of-text."""
     return encoding.decode([i for i in ids if i != encoding.eot_token])
-
-# --------------------------------------------------------------- tokenizers in Hugging Face folders
 
 # GPT-2's files write a printable byte as itself, and the others as U+0100 and following
 OTHERS = iter(range(256, 512))
@@ -130,8 +119,8 @@ NEUTRAL = ("vocab", "merges", "direction", "pad_id", "pad_type_id", "pad_token",
 def pretrained_encoding(source: str | Path) -> tiktoken.Encoding:
     """Return GPT-2's tokenizer, downloaded by tiktoken, or that of a Hugging Face folder.
 
-    A folder has tokenizer.json, or vocab.json and merges.txt. Raises UnusableInput unless this
-    encoder gives the ids that other libraries give.
+    A folder has tokenizer.json, or vocab.json and merges.txt. Raises UnusableInput if a text
+    without "<|endoftext|>" would get other ids than in other libraries.
     """
     if str(source) in PRETRAINED:
         return tiktoken.get_encoding("gpt2")
@@ -151,7 +140,7 @@ def pretrained_encoding(source: str | Path) -> tiktoken.Encoding:
     try:
         return _read_encoding(path, content)
     except (AttributeError, KeyError, TypeError) as error:
-        raise UnusableInput(f"{path}: not as expected: {type(error).__name__} {error}") from None
+        raise UnusableInput(f"{path}: {type(error).__name__} {error}") from None
 
 
 def _read_encoding(path: Path, content: dict) -> tiktoken.Encoding:
@@ -167,17 +156,14 @@ def _read_encoding(path: Path, content: dict) -> tiktoken.Encoding:
     vocabulary = content["model"]["vocab"]
     tokens = sorted(vocabulary, key=vocabulary.get)
     ids = {token: i for i, token in enumerate(tokens)}
-    are_bytes = set(tokens[:256]) == set("".join(tokens[:-1])) == set(LETTERS)
-    if not are_bytes or tokens[-1] != END or vocabulary != ids:
-        raise UnusableInput(f"{path}: want the ids 0 to 255 for the 256 bytes, the last one for "
-                            f"{END}, and none left out")
+    bytes_first = set(tokens[:256]) == set("".join(tokens[:-1])) == set(LETTERS)
+    if not bytes_first or tokens[-1] != END or vocabulary != ids:
+        raise UnusableInput(f"{path}: want all ids: the 256 bytes first, {END} last")
     del ids[END]
     wanted = _find_merges(path, ids)
     merges = [tuple(x.split(" ") if isinstance(x, str) else x) for x in content["model"]["merges"]]
-    # a pair that makes a token, but is not its merge, never occurs
-    known = set(wanted)
-    if [x for x in merges if x in known or "".join(x) not in ids] != wanted:
-        raise UnusableInput(f"{path}: want a merge for each token, in the order of the ids")
+    if merges != wanted:
+        raise UnusableInput(f"{path}: want a merge for each token, in order")
     ranks = {bytes(map(LETTERS.index, token)): i for token, i in ids.items()}
     return make_encoding(ranks, "vbon" if found["pre_tokenizer"] == WORDS["vbon"] else "gpt2")
 
@@ -206,10 +192,7 @@ def _find_merges(path: Path, ids: dict[str, int]) -> list[tuple[str, str]]:
 
 def save_tokenizer(encoding: tiktoken.Encoding, folder: str | Path, max_length: int | None = None
                    ) -> None:
-    """Write tokenizer.json, as transformers reads it; for GPT-2's pattern also its two old files.
-
-    max_length is the largest number of tokens of the model.
-    """
+    """Write tokenizer.json, as transformers reads it, and GPT-2's two files for its pattern."""
     vocabulary = {}
     for i in range(encoding.eot_token):
         token = encoding.decode_single_token_bytes(i)
@@ -235,10 +218,9 @@ def save_tokenizer(encoding: tiktoken.Encoding, folder: str | Path, max_length: 
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
-    files = {"tokenizer.json": json.dumps(content), "tokenizer_config.json": json.dumps(settings)}
+    write_json(Path(folder, "tokenizer.json"), content)
+    write_json(Path(folder, "tokenizer_config.json"), settings)
     if encoding.name == "gpt2":
         lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-        files["vocab.json"] = json.dumps(vocabulary)
-        files["merges.txt"] = "\n".join(lines) + "\n"
-    for name, text in files.items():
-        Path(folder, name).write_text(text, encoding="utf-8")
+        write_json(Path(folder, "vocab.json"), vocabulary)
+        Path(folder, "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 import torch
 from test_model import small_gpt
-from test_tokenizer import write_vocabulary
 
 from model import GPT
 from support import huggingface
 from support.files import UnusableInput
 from support.huggingface import (download, load_model, read_config, read_safetensors, save_model,
                                  write_safetensors)
-from support.inputs import load_pretrained
 
 # -------------------------------------------------------------------------------- GPT-2's own files
 
@@ -184,7 +182,7 @@ def test_a_head_of_its_own_is_refused_unless_the_config_unties_it(tmp_path, chan
 
 
 @pytest.mark.parametrize("name, value", [
-    ("n_layer", 1), ("n_layer", 3), ("n_layer", 10 ** 6), ("n_layer", True), ("n_layer", 0),
+    ("n_layer", 1), ("n_layer", 3), ("n_layer", True), ("n_layer", 0),
     ("n_embd", 8), ("n_embd", 10 ** 10), ("n_embd", -16), ("n_embd", "16"), ("n_embd", None),
     ("n_head", 3), ("n_head", 32), ("n_head", 0), ("vocab_size", 10 ** 6 + 1), ("vocab_size", 51),
     ("vocab_size", 1.5), ("n_positions", 10 ** 18), ("n_positions", 13), ("n_inner", 32),
@@ -250,16 +248,6 @@ def test_pickled_code_is_not_run(tmp_path, monkeypatch):
     assert OLD in refusal(tmp_path)
     assert not Path("executed").exists()
 
-
-def test_logits_that_are_not_finite_are_refused_before_any_work(tmp_path):
-    model = GPT(258, 12, n_embd=16, n_head=2)
-    for block in model.h:
-        block.mlp.c_fc.weight.data.fill_(1e30)
-    save_model(model, tmp_path)
-    write_vocabulary(tmp_path, "ab")
-    with pytest.raises(UnusableInput, match="the logits of this model are not finite"):
-        load_pretrained(str(tmp_path))
-
 # --------------------------------------------------------- downloads, from a server in this process
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -295,7 +283,7 @@ def test_openais_files_are_downloaded_once(tmp_path, monkeypatch, server):
 
 def test_a_download_that_fails_is_named_and_not_kept(tmp_path, monkeypatch, server):
     (tmp_path / "served" / "cut").write_bytes(b"x" * 10)
-    for url, message in ((server + "/cut", "/cut: cut short at 4 of 10 bytes"),
+    for url, message in ((server + "/cut", "/cut: .* got only 4 out of 10 bytes"),
                          (server + "/nowhere", "/nowhere: HTTP Error 404"),
                          ("http://127.0.0.1:9/file", "http://127.0.0.1:9/file: ")):
         with pytest.raises(UnusableInput, match=message):

@@ -69,15 +69,13 @@ def test_lines_may_end_as_on_any_system_and_files_begin_with_a_mark(tmp_path, en
     assert load_reviews(tmp_path) == PRAISED + BLAMED
 
 
-def test_a_text_with_both_labels_is_dropped(tmp_path, capsys):
+def test_a_text_counts_once_with_its_first_label(tmp_path):
     write_lines(tmp_path, pos=[*PRAISE, "So So"], neg=[*BLAME, "so so", "SO SO"])
-    assert load_reviews(tmp_path) == PRAISED + BLAMED
-    assert "1 texts have both labels" in capsys.readouterr().out
+    assert load_reviews(tmp_path) == [*PRAISED, ("So So", 1), *BLAMED]
 
 
-@pytest.mark.parametrize("name", ["texts", "prompts"])
-def test_texts_without_labels_will_do_if_none_are_needed(tmp_path, name):
-    write_lines(tmp_path, **{name: BLAME[:100]}, pos=[], neg=[])
+def test_texts_without_labels_will_do_if_none_are_needed(tmp_path):
+    write_lines(tmp_path, texts=BLAME[:100], pos=[], neg=[])
     assert load_reviews(tmp_path, labelled=False) == BLAMED[:100]
 
 

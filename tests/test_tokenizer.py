@@ -120,7 +120,7 @@ FOREIGN = {
     "tokenizer.model.type": ([None], ["WordPiece"]),
     "tokenizer.model.vocab": ([], [None, {}]),
     "tokenizer.model.merges": ([["t h", "h e", "th e"]], [None, MERGES[:2], MERGES[::-1], [3]]),
-    "tokenizer.model.merges.2": ([["t", "he"]], [["a", "b"], ["a", "b", "c"]]),
+    "tokenizer.model.merges.2": ([], [["t", "he"], ["a", "b"], ["a", "b", "c"]]),
     "tokenizer.model.dropout": ([], [0.1]),
     "tokenizer.model.unk_token": ([], ["<unk>"]),
     "tokenizer.model.continuing_subword_prefix": ([""], ["##"]),
