@@ -11,9 +11,8 @@ import vbon
 from model import GPT, response_mask
 from support.inputs import Pretrained
 from support.reference_model import train_reference
-from support.reviews import builtin_reviews
 from support.sampling import compute_rewards, sample_responses, seeded_generator
-from support.statistics import bon_attains, mean_and_error, share_of_ties
+from support.statistics import bon_attains, mean_and_error
 from support.text import make_text
 from support.tokenizer import train_tokenizer
 

@@ -31,6 +31,8 @@ def test_the_classifier_is_mostly_right_and_its_accuracy_is_that_of_the_sign():
     right = ((model(tokens[:500]) > 0) == (labels[:500] == 1)).double().mean().item()
     assert right > 0.8
     assert accuracy(model, tokens[:500], labels[:500]) == pytest.approx(right)
+    # after 40 updates with this learning rate and weight decay
+    assert model.weight.weight.std().item() == pytest.approx(0.379, rel=0.03)
     good, bad = encode(encoding, ["i loved it . superb .", "i hated it . awful ."], 40)
     assert model(good[None]).item() > 0.5
     assert model(bad[None]).item() < -0.5
