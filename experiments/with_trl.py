@@ -1,30 +1,26 @@
 """with_trl.py: vBoN for any causal model of transformers, with the trainer of the library TRL.
 
-    pip install trl peft
     python -m experiments.with_trl --model_name_or_path FOLDER --prompts prompts.txt \\
         --reward reward.py --n 4 --output_dir tuned
 
-TRL's RLOOTrainer gives each response the score (reward - beta · KL), where KL is log π_θ - log π_ref
-summed over its tokens, and subtracts the mean score of the other K - 1. With beta = 1 and the
-reward log π_bon - log π_ref, this is the bracket of equation (6): vBoN is a reward function for TRL
-(`vbon_reward`, below). All flags of RLOOConfig and ModelConfig work; the defaults are below.
+TRL's RLOOTrainer gives each response the score (reward - beta · KL) and subtracts the mean score of
+the other K - 1. Its KL is log π_θ - log π_ref, summed over the response. So with beta = 1 and the
+reward log π_bon - log π_ref, this is the bracket of equation (6): vBoN is a reward function of TRL,
+`vbon_reward`. All flags of TRL's RLOOConfig and ModelConfig work.
 
-prompts.txt has a prompt a line; prompts.jsonl has objects with TRL's column "prompt", a text or a
+prompts.txt has a prompt a line. prompts.jsonl has objects with TRL's column "prompt": a text, or a
 list of messages, to which the model's chat template is applied. reward.py defines
-reward(prompts, responses), as for train.py. For messages, it gets the text of the last one.
+reward(prompts, responses), as for train.py; of messages, it gets the text of the last one.
 
-Afterwards DIR holds the adapter, DIR/merged the policy as a folder that transformers loads,
-DIR/responses-*.jsonl all held-out responses, and DIR/ref-*.json the rewards of the base model.
-
-    accelerate launch --num_processes 8 -m experiments.with_trl ...            several GPUs
-    ... --bf16 True --use_vllm True --vllm_mode colocate                       vLLM samples (not run)
-    accelerate launch --use_deepspeed --zero_stage 2 -m experiments.with_trl ...  (not run)
+tuned/merged is the policy, a folder that transformers loads; tuned holds the adapter alone, all
+held-out responses, and the base model's responses, which another N need not sample again.
 """
 import contextlib
 import functools
 import hashlib
 import json
 import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +29,7 @@ import transformers
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import get_last_checkpoint
 from trl import (ModelConfig, RLOOConfig, RLOOTrainer, TrlParser, get_peft_config,
                  get_quantization_config)
@@ -49,286 +46,246 @@ from support.seeding import seeded_generator
 
 # ------------------------------------------------------------------------------------ the settings
 
-@dataclass
-class Arguments:
-    """Our own flags."""
-    prompts: str = field(metadata={"help": "The prompts: a text file with one a line, or .jsonl."})
-    reward: str = field(metadata={"help": "A Python file with reward(prompts, responses)."})
-    held_out: str | None = field(default=None, metadata={
-        "help": "Prompts for the evaluation. Default: every fifth prompt of --prompts."})
-    n: int = field(default=4, metadata={"help": "The N of best-of-N."})
-    m: int = field(default=64, metadata={
-        "help": "The number of the base model's responses to each training prompt."})
-    m_eval: int = field(default=256, metadata={
-        "help": "The same for held-out prompts. One half estimates F; best-of-N has the other."})
-    k_eval: int = field(default=64, metadata={
-        "help": "The number of the policy's responses to each held-out prompt."})
-    merge: bool = field(default=True, metadata={
-        "help": "Also save base model and adapter as one model, in the folder merged."})
-
-
-# With these, TRL's objective is (5). They are flags of TRL, but no other value is accepted.
+# With these values, TRL's objective is (5). Others are refused.
 VBON = {
     "beta": 1.0,                        # the score is reward - KL
     "num_iterations": 1,                # each response is used once, so that the ratio is 1 ...
-    "temperature": 1.0,                 # ... and is sampled from the distribution that is scored
+    "temperature": 1.0,                 # ... and comes from the distribution that is scored
     "top_k": 0,
     "top_p": 1.0,
     "min_p": None,
     "repetition_penalty": 1.0,
     "generation_kwargs": None,
-    "disable_dropout": True,            # sampled and scored by the same model
+    "disable_dropout": True,
     "lora_dropout": 0.0,
     "normalize_advantages": False,      # the score is used as it is
     "reward_clip_range": None,
     "reward_weights": None,
     "mask_truncated_completions": False,
     "sync_ref_model": False,            # π_ref stays the base model
-    "remove_unused_columns": False,     # the reward needs `ref_rewards`
+    "router_aux_loss_coef": 0.0,        # no other term in the loss
+    "weight_decay": 0.0,
+    "remove_unused_columns": False,     # the reward needs the column ref_rewards
 }
 
-# As in train.py, where they can be. A command line or a --config file may change them.
+# Much as in train.py. A command line may change them.
 DEFAULTS = {
     "use_peft": True,                   # gradient noise raises the KL: train few parameters
     "lora_r": 4,
-    "lora_alpha": None,                 # as lora_r: the adapter is B A, not scaled
+    "lora_alpha": None,                 # twice lora_r, the ratio of TRL's own defaults
     "lora_target_modules": "all-linear",
     "learning_rate": None,              # .54 / √(number of trained parameters)
     "adam_beta2": 0.99,
-    "lr_scheduler_type": "cosine",
-    "max_grad_norm": 0.0,               # Adam divides by the gradient's size already
+    "lr_scheduler_type": "warmup_stable_decay",
+    "lr_scheduler_kwargs": None,        # constant for half of the updates, then along a cosine to 0
+    "max_grad_norm": 0.0,               # no clipping
     "max_steps": 200,
     "num_generations": 8,               # K
-    "per_device_train_batch_size": 16,  # responses scored at a time, with gradients
-    "gradient_accumulation_steps": 8,   # 16 · 8 responses an update: 16 prompts
-    "per_device_eval_batch_size": 64,   # responses sampled or scored at a time, without gradients
-    "max_completion_length": 64,
-    "bf16": False,                      # the KL is a difference of log-probabilities
+    "per_device_train_batch_size": 16,  # responses at a time, with gradients ...
+    "gradient_accumulation_steps": 8,   # ... and 8 times as many in an update: 16 prompts
+    "per_device_eval_batch_size": 64,   # responses at a time, outside of training
+    "max_completion_length": 64,        # tokens
+    "bf16": False,                      # a KL is a small difference of log-probabilities
     "logging_steps": 1,
     "report_to": "none",
 }
 
 
+def flag(default: object, text: str):
+    """Return a field of a dataclass that becomes a flag with this help text."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Arguments:
+    """Our own flags."""
+    prompts: str = flag(None, "A text file with a prompt a line, or a .jsonl file.")
+    reward: str = flag(None, "A Python file that defines reward(prompts, responses).")
+    held_out: str = flag(None, "Prompts for the evaluation. Default: every fifth of --prompts.")
+    n: int = flag(4, "The N of best-of-N.")
+    m: int = flag(64, "The number of the base model's responses to each training prompt.")
+    m_eval: int = flag(256, "The number of its responses to each held-out prompt. Half of them "
+                       "estimate F, best-of-N has the others, and the policy gives as many.")
+    merge: bool = flag(True, "Also leave the policy as one complete model, in OUTPUT_DIR/merged.")
+
+
+def want(good: bool, message: str) -> None:
+    """Raise UnusableInput with the message unless all is good."""
+    if not good:
+        raise UnusableInput(" ".join(message.split()))
+
+
 def parse(argv: list[str] | None) -> tuple[Arguments, RLOOConfig, ModelConfig]:
     """Return our arguments and TRL's. Raises UnusableInput for wrong ones."""
     parser = TrlParser([Arguments, RLOOConfig, ModelConfig])
-    parser.error = _refuse
+    parser.error = functools.partial(want, False)
     parser.set_defaults_with_config(**VBON, **DEFAULTS)
     try:
         own, args, model_args = parser.parse_args_and_config(argv)
     except (ValueError, OSError) as error:
         raise UnusableInput(" ".join(str(error).split())) from None
-    for name, wanted in VBON.items():
-        found = getattr(args, name, getattr(model_args, name, None))
-        if found != wanted:
-            raise UnusableInput(f"--{name} {found}: that is not vBoN's objective; want {wanted}")
-    if args.steps_per_generation != args.gradient_accumulation_steps:
-        raise UnusableInput("--steps_per_generation: each response is used for one update; want "
-                            "that of --gradient_accumulation_steps")
-    for name, least in (("n", 1), ("m", 1), ("m_eval", 2 * own.n), ("k_eval", 1)):
-        if getattr(own, name) < least:
-            raise UnusableInput(f"--{name} {getattr(own, name)}: want at least {least}")
-    if model_args.lora_alpha is None:
-        model_args.lora_alpha = model_args.lora_r
+    given = vars(model_args) | vars(args)
+    for name, value in VBON.items():
+        want(given[name] == value, f"--{name} {given[name]}: another objective than vBoN's; want "
+                                   f"{value}")
+    want(args.steps_per_generation == args.gradient_accumulation_steps,
+         "--steps_per_generation: vBoN uses each response in one update; leave it out")
+    for name in ("model_name_or_path", "prompts", "reward"):
+        want((given | vars(own))[name], f"--{name} is missing")
+    want(own.n >= 1 and own.m >= 1, "--n, --m: want at least 1")
+    want(own.m_eval >= 2 * own.n, f"--m_eval {own.m_eval}: best of {own.n} needs {2 * own.n}")
+    want(model_args.use_peft or model_args.dtype == "float32",
+         "--dtype: in half precision, most updates of all weights would be lost; want float32")
+    model_args.lora_alpha = model_args.lora_alpha or 2 * model_args.lora_r
+    if args.lr_scheduler_type == "warmup_stable_decay" and not args.lr_scheduler_kwargs:
+        args.lr_scheduler_kwargs = {"num_decay_steps": args.max_steps // 2}
     return own, args, model_args
 
-
-def _refuse(message: str) -> None:
-    raise UnusableInput(message)
-
-# ------------------------------------------------------------------------------ vBoN, as a reward
-
-def log_weight(reward: Tensor, ref_rewards: Tensor, n: int) -> Tensor:
-    """Return log π_bon(y) - log π_ref(y) (P, K) from rewards (P, K) and those of π_ref (P, M).
-
-    TRL does not tell a reward function π_ref(y). This is the limit π_ref(y) -> 0 of `bon_target`:
-    the same where rewards tie, and the bound (3) where they do not. On text the two agree.
-    """
-    improbable = torch.full_like(reward, -1000.0)
-    return vbon.bon_target(improbable, reward, ref_rewards, n) - improbable
-
+# --------------------------------------------------------------------------- vBoN, a reward of TRL
 
 def vbon_reward(file: RewardFile, tokenizer, n: int, *, prompt_text: list[str],
                 prompt_ids: list[list[int]], completion_ids: list[list[int]],
                 ref_rewards: list[list[float]], trainer_state, log_metric, **_) -> list[float]:
-    """Return the reward that makes TRL's score the bracket of (6). TRL calls it in each update.
+    """Return log π_bon(y) - log π_ref(y) of each response. TRL calls it in each update.
 
-    One entry of each list is for one response. The columns of the dataset are repeated for it.
+    An entry of each list belongs to one response; the columns of the dataset are among them.
     """
-    responses = response_texts(tokenizer, prompt_ids, completion_ids)
-    reward = torch.tensor(file.ask(prompt_text, responses), dtype=torch.float64)[:, None]
+    texts = response_texts(tokenizer, prompt_ids, completion_ids)
+    reward = torch.tensor(file.ask(prompt_text, texts), dtype=torch.float64)[:, None]
     ref_rewards = torch.tensor(ref_rewards, dtype=torch.float64)                # (responses, M)
     n = vbon.grow(n, trainer_state.global_step, trainer_state.max_steps)
     log_metric("win_rate", vbon.win_rate(reward, ref_rewards).mean().item())
     return log_weight(reward, ref_rewards, n)[:, 0].tolist()
 
 
-def response_texts(tokenizer, prompt_ids: list[list[int]], ids: list[list[int]]) -> list[str]:
-    """Return the text that each response adds to its prompt.
+def log_weight(reward: Tensor, ref_rewards: Tensor, n: int) -> Tensor:
+    """Return log π_bon(y) - log π_ref(y) (P, K) for rewards (P, K), and (P, M) of π_ref.
 
-    A Llama's tokenizer decodes a response alone without its first blank.
+    TRL does not tell a reward function what π_ref(y) is. This is the limit π_ref(y) -> 0 of
+    `vbon.bon_target`: equal to it where y ties, else the bound (3). On text the two agree.
     """
-    settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    improbable = torch.full_like(reward, -1000.0)
+    return vbon.bon_target(improbable, reward, ref_rewards, n) - improbable
+
+
+def response_texts(tokenizer, prompt_ids: list[list[int]], ids: list[list[int]]) -> list[str]:
+    """Return the texts that follow the prompts."""
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True,
+                               clean_up_tokenization_spaces=False)
     texts = []
     for before, after in zip(prompt_ids, ids):
-        start = tokenizer.decode(before, **settings)
-        texts.append(tokenizer.decode(before + after, **settings)[len(start):])
+        # alone, a response of a Llama would be decoded without its first blank
+        texts.append(decode(before + after)[len(decode(before)):])
     return texts
 
 # ------------------------------------------------------------------------------------- the prompts
 
 def read_prompts(path: str) -> list[dict]:
-    """Return [{"prompt": a text or a list of messages}, ...]. Raises UnusableInput."""
-    lines = [line.removesuffix("\r") for line in read_text(Path(path)).split("\n")]
-    lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    """Return [{"prompt": a text, or a list of messages}, ...]. Raises UnusableInput."""
+    lines = [line for line in read_text(Path(path)).split("\n") if line.strip()]
     if not path.endswith(".jsonl"):
-        return [{"prompt": line} for _, line in lines]
+        return [{"prompt": line.removesuffix("\r")} for line in lines]
     rows = []
-    for number, line in lines:
+    for line in lines:
         try:
             prompt = json.loads(line)["prompt"]
-            texts = [prompt] if isinstance(prompt, str) else [part["content"] for part in prompt]
-            good = texts and all(isinstance(text, str) for text in texts)
-        except (ValueError, KeyError, TypeError):
-            good = False
-        if not good:
-            raise UnusableInput(f'{path}, line {number}: want {{"prompt": a text, or a list of '
-                                f'{{"role": ..., "content": a text}}}}')
+            last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        except (ValueError, KeyError, TypeError, IndexError):
+            last = None
+        want(isinstance(last, str), f'{path}: want objects with "prompt": a text, or a list of '
+                                    f'messages; got {line[:60]}')
         rows.append({"prompt": prompt})
+    kinds = {type(row["prompt"]) for row in rows}
+    want(len(kinds) <= 1, f"{path}: want texts or messages, not both")
     return rows
 
 
 def encode(rows: list[dict], tokenizer, args: RLOOConfig, room: int | None) -> None:
-    """Add to each prompt its tokens, as TRL makes them, and its text, for the reward.
+    """Add to each prompt its text, for the reward, and its tokens, as TRL makes them.
 
-    room: the largest number of tokens of prompt and response. Raises UnusableInput.
+    room: number of tokens that the model has positions for. Raises UnusableInput.
     """
     prompts = [row["prompt"] for row in rows]
-    kinds = {isinstance(prompt, str) for prompt in prompts}
-    if len(kinds) > 1:
-        raise UnusableInput("--prompts: some are texts and some are messages; want one kind")
-    if kinds == {True}:
+    if isinstance(prompts[0], str):
         ids = tokenizer(text=prompts)["input_ids"]
-        texts = prompts
     else:
-        if tokenizer.chat_template is None:
-            raise UnusableInput("--prompts: messages need a chat template, and this tokenizer has "
-                                "none; give texts")
+        want(tokenizer.chat_template is not None, "messages need a model with a chat template")
         ids = tokenizer.apply_chat_template(
             conversation=prompts, add_generation_prompt=True, tokenize=True, return_dict=True,
             **(args.chat_template_kwargs or {}))["input_ids"]
-        texts = [prompt[-1]["content"] for prompt in prompts]
-    for row, text, tokens in zip(rows, texts, ids):
-        row["prompt_text"] = text
+    for row, prompt, tokens in zip(rows, prompts, ids):
+        row["prompt_text"] = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         row["prompt_ids"] = tokens
-        if tokens[-1] == tokenizer.eos_token_id:
-            raise UnusableInput(f"the prompt {text[:40]!r} ends with {tokenizer.eos_token}: the "
-                                f"model would take it for complete")
-        if room is not None and len(tokens) + args.max_completion_length > room:
-            raise UnusableInput(f"the prompt {text[:40]!r} has {len(tokens)} tokens: with "
-                                f"--max_completion_length {args.max_completion_length} it does not "
-                                f"fit into the model's {room}")
+    longest = max(rows, key=lambda row: len(row["prompt_ids"]))
+    length = len(longest["prompt_ids"]) + args.max_completion_length
+    want(room is None or length <= room,
+         f"the model has room for {room} tokens, but the prompt {longest['prompt_text'][:40]!r} "
+         f"and a response have up to {length}; change --max_completion_length")
+    want(all(tokens and tokens[-1] != tokenizer.eos_token_id for tokens in ids),
+         "a prompt is empty or ends with the end-of-text token; if this tokenizer appends that, "
+         "set add_eos_token to false in its tokenizer_config.json")
 
-# ------------------------------------------------------------------ responses outside of training
+# --------------------------------------------------------------------------------------- the model
 
-class Sampler:
-    """Samples, judges and scores responses. Each process does its share."""
+def read_tokenizer(model_args: ModelConfig, args: RLOOConfig):
+    """Return the tokenizer, and the number of tokens that the model has positions for."""
+    name = model_args.model_name_or_path
+    want(not Path(name, "adapter_config.json").exists(),
+         f"{name} is an adapter: merge it into its model first, by merge_and_unload of peft")
+    settings = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **settings)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left",
+                                                               **settings)
+    except (OSError, ValueError) as error:
+        raise UnusableInput(f"--model_name_or_path {name}: {' '.join(str(error).split())}"
+                            ) from None
+    kind = (config.architectures or [None])[0]
+    want(kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or args.trust_remote_code,
+         f"--model_name_or_path {name}: {kind} is no causal language model")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token            # as TRL does
+    want(tokenizer.pad_token is not None, f"{name}: its tokenizer has no end-of-text token")
+    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None)
 
-    def __init__(self, trainer: RLOOTrainer, tokenizer, file: RewardFile):
-        self.trainer = trainer
-        self.tokenizer = tokenizer
-        self.file = file
-        self.accelerator = trainer.accelerator
 
-    def wrap(self, model: torch.nn.Module) -> OtherModel:
-        """Return a model with the two methods. It ends responses where TRL does."""
-        return OtherModel(model, self.trainer.eos_token_ids, self.tokenizer.pad_token_id)
+def make_trainer(args: RLOOConfig, model_args: ModelConfig, tokenizer, reward) -> RLOOTrainer:
+    """Return TRL's trainer, which loads the model. Its dataset comes later."""
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision, "dtype": model_args.dtype,
+        "attn_implementation": model_args.attn_implementation} | (args.model_init_kwargs or {})
+    try:
+        trainer = RLOOTrainer(
+            model=model_args.model_name_or_path, reward_funcs=reward, args=args,
+            train_dataset=Dataset.from_list([{"prompt": ""}]), processing_class=tokenizer,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args))
+    except (ValueError, OSError) as error:
+        raise UnusableInput(f"TRL: {' '.join(str(error).split())}") from None
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    if args.learning_rate is None:
+        # the noise of all parameters together should not grow with their number: see README.md
+        args.learning_rate = 0.54 / math.sqrt(sum(p.numel() for p in trained))
+    for model in (trainer.model, trainer.ref_model):
+        if model is not None:
+            prepare(wrap(trainer, model), args, tokenizer)
+    return trainer
 
-    @contextlib.contextmanager
-    def reference(self):
-        """Give the base model: the policy without its adapters, or TRL's copy if it has none."""
-        if self.trainer.ref_model is not None:
-            yield self.wrap(self.trainer.ref_model)
-            return
-        with self.trainer.model.disable_adapter():
-            yield self.wrap(self.trainer.model)
 
-    def draw(self, model: OtherModel, rows: list[dict], count: int, name: str) -> list[dict]:
-        """Return `count` responses of the model to each prompt, with texts and rewards."""
-        args = self.trainer.args
-        index = torch.arange(len(rows)).repeat_interleave(count)
-        found = []
-        for number, part in self._my_parts(index.tolist()):
-            some = [rows[i] for i in part]
-            prompt_ids = [row["prompt_ids"] for row in some]
-            prompt = pad_left(prompt_ids, self.accelerator.device)
-            generator = seeded_generator(self.accelerator.device, name, args.seed, number)
-            response, _ = model.sample(prompt, 1, args.max_completion_length, generator)
-            response = response[:, 0]
-            ids = [y[kept].tolist() for y, kept in zip(response, model.mask(response))]
-            texts = response_texts(self.tokenizer, prompt_ids, ids)
-            rewards = self.file.ask([row["prompt_text"] for row in some], texts)
-            for i, y, text, reward in zip(part, ids, texts, rewards):
-                found.append({"part": number, "prompt_id": i, "prompt": rows[i]["prompt_text"],
-                              "ids": y, "response": text, "reward": reward})
-        return sorted(gather_object(found), key=lambda one: one["part"])
-
-    @torch.no_grad()
-    def score(self, model: OtherModel, rows: list[dict], found: list[dict]) -> list[float]:
-        """Return the log-probability of each response under the model, in nats."""
-        scored = []
-        for number, part in self._my_parts(found):
-            prompt = pad_left([rows[one["prompt_id"]]["prompt_ids"] for one in part],
-                              self.accelerator.device)
-            ids = [torch.tensor(one["ids"]) for one in part]
-            response = torch.nn.utils.rnn.pad_sequence(ids, True, model.pad).to(prompt.device)
-            logprob = model.logprob(prompt, response[:, None])
-            scored.append((number, logprob[:, 0].tolist()))
-        scored = sorted(gather_object(scored))
-        return [x for _, part in scored for x in part]
-
-    def _my_parts(self, items: list) -> list[tuple[int, list]]:
-        """Return the numbered parts that this process has to do."""
-        size = self.trainer.args.per_device_eval_batch_size
-        parts = [items[start:start + size] for start in range(0, len(items), size)]
-        return list(enumerate(parts))[self.accelerator.process_index::self.accelerator.num_processes]
-
-    def check(self, rows: list[dict]) -> None:
-        """Raise UnusableInput unless `generate`, scoring with padding and without agree.
-
-        This finds most models that are not causal, or that see what stands before a prompt.
-        """
-        prompts = sorted((row["prompt_ids"] for row in rows), key=len)
-        prompts = [prompts[0], prompts[-1]]
-        model = self.wrap(self.trainer.model)
-        prompt = pad_left(prompts, self.accelerator.device)
-        with torch.no_grad():
-            made = model.model.generate(
-                prompt.clamp(min=0), attention_mask=(prompt != NO_TOKEN).long(), do_sample=True,
-                max_new_tokens=8, min_new_tokens=8, output_logits=True,
-                return_dict_in_generate=True)
-            response = made.sequences[:, prompt.shape[1]:]
-            logits = torch.stack(made.logits, 1).float()
-            kept = model.mask(response)
-            recorded = logits.log_softmax(-1).gather(2, response[:, :, None])[:, :, 0]
-            recorded = (recorded.double() * kept).sum(-1)
-            padded = model.logprob(prompt, response[:, None])[:, 0]
-            alone = [model.logprob(pad_left([x], prompt.device), y[None, None])[0, 0]
-                     for x, y in zip(prompts, response)]
-        found = torch.stack([recorded, padded, torch.stack(alone)])             # (3, 2)
-        largest = (found.max(0).values - found.min(0).values).max().item()
-        exact = self.trainer.model.dtype == torch.float32 and not self.trainer.args.bf16
-        if not largest < (0.05 if exact else 1):
-            raise UnusableInput(f"this model gives the same 8 tokens log-probabilities that differ "
-                                f"by {largest:.3g} nats, when it samples or scores them, with or "
-                                f"without padding: want a causal model")
+def prepare(model: OtherModel, args: RLOOConfig, tokenizer) -> None:
+    """Make TRL score prompts of different lengths as they are sampled, and the model sample from
+    its own distribution once it is saved."""
+    if "position_ids" in model.takes:
+        model.model.base_model.register_forward_pre_hook(add_positions, with_kwargs=True)
+    model.model.generation_config = transformers.GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=model.ends,
+        bos_token_id=tokenizer.bos_token_id, pad_token_id=model.pad,
+        max_new_tokens=args.max_completion_length)
 
 
 def add_positions(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Number the tokens of a padded batch from the first token of each prompt.
+    """Count positions from the first token of a prompt, not from its padding.
 
-    TRL scores with a mask alone. A model with absolute positions, such as GPT-2, would count the
-    padding; `generate` does not.
+    `generate` does. TRL passes a mask alone when it scores, which a GPT-2 would not count from.
     """
     mask = kwargs.get("attention_mask")
     tokens = kwargs.get("input_ids")
@@ -337,241 +294,242 @@ def add_positions(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     return args, kwargs
 
+
+def wrap(trainer: RLOOTrainer, model: torch.nn.Module) -> OtherModel:
+    """Return a model with the two methods; its responses end where TRL's do."""
+    return OtherModel(model, trainer.eos_token_ids, trainer.processing_class.pad_token_id)
+
+
+@contextlib.contextmanager
+def policy(trainer: RLOOTrainer):
+    """Give the model that is trained."""
+    yield wrap(trainer, trainer.model)
+
+
+@contextlib.contextmanager
+def reference(trainer: RLOOTrainer):
+    """Give the base model: the policy with its adapters off or, if it has none, TRL's copy."""
+    if trainer.ref_model is not None:
+        yield wrap(trainer, trainer.ref_model)
+        return
+    with trainer.model.disable_adapter():
+        yield wrap(trainer, trainer.model)
+
+
+@torch.no_grad()
+def check_model(trainer: RLOOTrainer, rows: list[dict]) -> None:
+    """Raise UnusableInput unless log-probabilities agree when the model samples a response, when it
+    scores it behind padding, and alone.
+
+    They do not for models that are not causal, or that look at the padding.
+    """
+    prompts = sorted((row["prompt_ids"] for row in rows), key=len)
+    prompt = pad_left([prompts[0], prompts[-1]], trainer.accelerator.device)
+    model = wrap(trainer, trainer.model)
+    made = model.model.generate(
+        prompt.clamp(min=0), attention_mask=(prompt != NO_TOKEN).long(), max_new_tokens=8,
+        min_new_tokens=8, output_logits=True, return_dict_in_generate=True)
+    response = made.sequences[:, None, prompt.shape[1]:]                        # (2, 1, 8)
+    logits = torch.stack(made.logits, 1).float()                                # (2, 8, V)
+    recorded = logits.log_softmax(-1).gather(2, response.transpose(1, 2))[:, :, 0]
+    recorded = (recorded * model.mask(response[:, 0])).sum(-1, dtype=torch.float64)
+    padded = model.logprob(prompt, response)[:, 0]
+    alone = [model.logprob(pad_left([ids], prompt.device), y[None])[0, 0]
+             for ids, y in zip((prompts[0], prompts[-1]), response)]
+    found = torch.stack([recorded, padded, torch.stack(alone)])                 # (3, 2)
+    largest = (found.max(0).values - found.min(0).values).max().item()
+    allowed = 0.05 if trainer.model.dtype == torch.float32 else 1.0
+    want(largest < allowed, f"log-probabilities of a response of 8 tokens differ by {largest:.2g} "
+                            f"nats when this model samples and scores it, with padding and "
+                            f"without: want a causal language model")
+
+# ----------------------------------------------------------------------------------- the responses
+
+def draw(trainer: RLOOTrainer, file: RewardFile, rows: list[dict], count: int, sampled_by,
+         scored: bool) -> list[dict]:
+    """Return `count` responses to each prompt, with rewards and, if scored, log-probabilities.
+
+    sampled_by: `policy` or `reference`. Each process samples its share.
+    """
+    args = trainer.args
+    device = trainer.accelerator.device
+    jobs = []
+    for i, row in enumerate(rows):
+        jobs += [row | {"prompt_id": i}] * count
+    found = []
+    began = time.monotonic()
+    with trainer.accelerator.split_between_processes(jobs) as mine:
+        for start in range(0, len(mine), args.per_device_eval_batch_size):
+            part = mine[start:start + args.per_device_eval_batch_size]
+            ids = [job["prompt_ids"] for job in part]
+            prompt = pad_left(ids, device)
+            generator = seeded_generator(device, sampled_by.__name__, len(rows), args.seed,
+                                         trainer.accelerator.process_index, start)
+            with sampled_by(trainer) as model:
+                response, _ = model.sample(prompt, 1, args.max_completion_length, generator)
+            kept = model.mask(response)
+            texts = response_texts(trainer.processing_class, ids,
+                                   [y[known].tolist() for y, known in zip(response, kept)])
+            columns = {
+                "prompt_id": [job["prompt_id"] for job in part],
+                "prompt": [job["prompt_text"] for job in part],
+                "response": texts,
+                "reward": file.ask([job["prompt_text"] for job in part], texts),
+                "cut": [not end for end in torch.isin(response, torch.tensor(
+                    model.ends, device=device)).any(-1)[:, 0].tolist()],
+            }
+            if scored:
+                columns["logprob"] = score(trainer, sampled_by, prompt, response)
+                columns["ref_logprob"] = score(trainer, reference, prompt, response)
+            found += [dict(zip(columns, values)) for values in zip(*columns.values())]
+            if trainer.accelerator.is_main_process:
+                report.show_progress(f"responses of the {sampled_by.__name__}", start + len(part),
+                                     len(mine), began)
+    return gather_object(found)
+
+
+@torch.no_grad()
+def score(trainer: RLOOTrainer, scored_by, prompt: Tensor, response: Tensor) -> list[float]:
+    """Return the log-probability of each response (B, 1, L), in nats."""
+    with scored_by(trainer) as model:
+        return model.logprob(prompt, response)[:, 0].tolist()
+
+
+def keep(path: Path, function, trainer: RLOOTrainer, *args) -> list[dict]:
+    """Return function(trainer, ...), from the file that an earlier run has left of it, if any."""
+    if path.exists():
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    found = function(trainer, *args)
+    if trainer.accelerator.is_main_process:
+        write_lines(path, found)
+    return found
+
+
+def name_file(own: Arguments, args: RLOOConfig, model_args: ModelConfig, *others) -> str:
+    """Return a name for the base model's responses: a hash of what they depend on."""
+    folder = Path(model_args.model_name_or_path)
+    files = [folder.resolve(), model_args.model_revision, model_args.dtype]
+    if folder.is_dir():
+        files += [(path.name, path.stat().st_size, path.stat().st_mtime_ns)
+                  for path in sorted(folder.iterdir())]
+    parts = (files, read_text(Path(own.reward)), args.max_completion_length, args.seed, *others)
+    return f"ref-{hashlib.sha256(repr(parts).encode('utf-8')).hexdigest()[:12]}.jsonl"
+
+# -------------------------------------------------------------------------------------- evaluation
+
+def make_table(held: list[dict], found: list[dict], prompts: int, n: int, seed: int
+               ) -> tuple[list[dict], Tensor]:
+    """Return the rows of reference, best-of-N and vBoN, and the rewards that estimate F (P, M).
+
+    held, found: responses of the base model and of the policy to the held-out prompts.
+    """
+    def matrix(responses: list[dict], name: str) -> Tensor:                     # (P, K)
+        numbers = [one[name] for one in responses]
+        return torch.tensor(numbers, dtype=torch.float64).view(prompts, -1)
+
+    # one half estimates F; best-of-N chooses among the others, the candidates
+    ref_rewards, reward = matrix(held, "reward").chunk(2, 1)
+    _, logprob = matrix(held, "logprob").chunk(2, 1)
+    groups = reward.shape[1] // n
+    best = vbon.best_of_n(reward[:, :groups * n].reshape(-1, n), seeded_generator("cpu", n, seed))
+    best = best.view(prompts, groups) + n * torch.arange(groups)
+    best_reward = reward.gather(1, best)
+    best_logprob = logprob.gather(1, best)
+    log_bon = vbon.bon_target(best_logprob, best_reward, ref_rewards, n)
+    rows = [
+        {"method": "ref", "samples_per_answer": 1}
+        | train.metrics(logprob, logprob, reward, ref_rewards, n),
+        {"method": "bon", "samples_per_answer": n}
+        | train.metrics(log_bon, best_logprob, best_reward, ref_rewards, n),
+        {"method": "vbon", "samples_per_answer": 1}
+        | train.metrics(matrix(found, "logprob"), matrix(found, "ref_logprob"),
+                        matrix(found, "reward"), ref_rewards, n)]
+    for row, responses in zip(rows, (held, held, found)):
+        row["n"] = n
+        row["cut"] = matrix(responses, "cut").mean().item()
+    return rows, ref_rewards
+
+
+def records(method: str, responses: list[dict]) -> list[dict]:
+    """Return the lines of a file of responses, with the keys of train.py's files."""
+    lines = []
+    for one in responses:
+        use = "evaluation" if method == "vbon" else "reference"
+        kl = one["logprob"] - one["ref_logprob"]
+        lines.append({"method": method, "use": use} | one | {"token_kl": kl})
+    return lines
+
 # ----------------------------------------------------------------------------------------- the run
 
-def main(argv: list[str] | None = None) -> list[dict] | None:
-    """Train with TRL, evaluate, and leave the policy. Returns the rows of the table."""
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Train with TRL, evaluate on held-out prompts, and leave the policy. Returns the table."""
     own, args, model_args = parse(argv)
     out = Path(args.output_dir)
-    # whatever can be wrong is looked at before the model is loaded
-    file = RewardFile(own.reward)
-    rows = read_prompts(own.prompts)
-    held_out = read_prompts(own.held_out) if own.held_out else rows[::5]
-    if not own.held_out:
-        rows = [row for i, row in enumerate(rows) if i % 5 != 0]
-    check_sizes(own, args, rows, held_out)
-    tokenizer, room = read_tokenizer(model_args, args)
-    encode(rows, tokenizer, args, room)
-    encode(held_out, tokenizer, args, room)
-    some = [row["prompt_text"] for row in held_out[:8]]
-    file.ask(some, some[::-1])
     try:
         check_writable(out)
     except OSError as error:
         raise UnusableInput(f"--output_dir {out}: {error.strerror}") from None
 
-    trainer = make_trainer(own, args, model_args, tokenizer, file)
-    sampler = Sampler(trainer, tokenizer, file)
-    sampler.check(rows + held_out)
-    say = trainer.accelerator.print
+    # ---- inputs: what can be wrong is looked at before the model is loaded
+    file = RewardFile(own.reward)
+    rows = read_prompts(own.prompts)
+    held_out = rows[::5]
+    if own.held_out is None:
+        rows = [row for i, row in enumerate(rows) if i % 5 != 0]
+    else:
+        held_out = read_prompts(own.held_out)
+    in_update = args.generation_batch_size // args.num_generations
+    want(len(held_out) >= 8, f"{len(held_out)} held-out prompts: want at least 8")
+    want(len(rows) >= in_update, f"{len(rows)} training prompts, but {in_update} in an update: "
+                                 f"want more, or a smaller --gradient_accumulation_steps")
+    tokenizer, room = read_tokenizer(model_args, args)
+    encode(rows, tokenizer, args, room)
+    encode(held_out, tokenizer, args, room)
+    some = [row["prompt_text"] for row in rows[:8]]
+    file.ask(some, some[::-1])
+    trainer = make_trainer(args, model_args, tokenizer,
+                           functools.partial(vbon_reward, file, tokenizer, own.n))
+    check_model(trainer, rows + held_out)
 
-    # ---- reference responses: F is estimated from their rewards
-    depends = (model_files(model_args), Path(own.reward).read_text(encoding="utf-8"), args.seed,
-               args.max_completion_length, args.per_device_eval_batch_size)
-    with sampler.reference() as reference:
-        drawn = keep(out, (own.m, rows, *depends), sampler.draw, reference, rows, own.m, "training")
-        held = keep(out, (own.m_eval, held_out, *depends), sampler.draw, reference, held_out,
-                    own.m_eval, "held-out")
+    # ---- reference responses: their rewards estimate F
+    path = out / name_file(own, args, model_args, rows, own.m)
+    drawn = keep(path, draw, trainer, file, rows, own.m, reference, False)
+    path = out / name_file(own, args, model_args, held_out, own.m_eval)
+    held = keep(path, draw, trainer, file, held_out, own.m_eval, reference, True)
     for i, row in enumerate(rows):
         row["ref_rewards"] = [one["reward"] for one in drawn[i * own.m:(i + 1) * own.m]]
     trainer.train_dataset = Dataset.from_list(rows)
-    for note in notes(own, rows, held_out, drawn):
-        say(note)
+    say = trainer.accelerator.print
+    say(f"{len(rows)} prompts to train on, {len(held_out)} held-out prompts")
+    say(f"the first prompt: {rows[0]['prompt_text']!r}")
+    say(f"the base model: {drawn[0]['response']!r}, with reward {drawn[0]['reward']:.3g}")
+    wins = wins_of_target(own.n, own.m)
+    if wins < own.n / (own.n + 1) - 0.01:
+        say(f"M = {own.m} is small for n = {own.n}: even a perfect policy would win only "
+            f"{wins:.3f} ({own.n / (own.n + 1):.3f} by best of {own.n}); raise --m")
+    if isinstance(rows[0]["prompt"], str) and ("<|" in some[0] or "[INST]" in some[0]):
+        say("the prompts seem to hold a chat template: messages in a .jsonl file would be safer")
 
-    # ---- fine-tuning
+    # ---- fine-tuning, by TRL
     checkpoint = args.resume_from_checkpoint
-    if checkpoint in ("true", "True"):
-        checkpoint = get_last_checkpoint(args.output_dir)       # none yet: from the beginning
+    if str(checkpoint).lower() == "true":
+        checkpoint = get_last_checkpoint(out)               # the first time there is none
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    trainer.save_state()
 
-    # ---- evaluation
-    table, records = evaluate(sampler, own, held_out, held)
+    # ---- evaluation: on held-out prompts
+    found = draw(trainer, file, held_out, own.m_eval // 2, policy, True)
+    table, ref_rewards = make_table(held, found, len(held_out), own.n, args.seed)
     if trainer.accelerator.is_main_process:
-        for name, some in records.items():
-            write_lines(out / f"responses-{name}.jsonl", some)
-        ref_rewards = as_matrix(held, "reward", len(held_out))[:, :own.m_eval // 2]
         report.print_table(table, ref_rewards, args.max_completion_length)
-        save_policy(trainer, tokenizer, out, own.merge)
+        write_lines(out / "responses-reference.jsonl", records("ref", held))
+        write_lines(out / "responses-policy.jsonl", records("vbon", found))
+        if own.merge and trainer.ref_model is None:
+            # in half precision, the sum of a weight and its small change would lose the change
+            trainer.model.float().merge_and_unload().save_pretrained(out / "merged")
+            tokenizer.save_pretrained(out / "merged")
     trainer.accelerator.wait_for_everyone()
     return table
-
-
-def check_sizes(own: Arguments, args: RLOOConfig, rows: list, held_out: list) -> None:
-    """Raise UnusableInput for too few prompts."""
-    if len(held_out) < 8:
-        raise UnusableInput(f"{len(held_out)} held-out prompts: want at least 8; give more "
-                            f"--prompts, or a file --held_out")
-    in_update = args.generation_batch_size // args.num_generations
-    if len(rows) < in_update:
-        raise UnusableInput(f"{len(rows)} training prompts, but an update takes {in_update}: lower "
-                            f"--gradient_accumulation_steps or --per_device_train_batch_size")
-
-
-def read_tokenizer(model_args: ModelConfig, args: RLOOConfig):
-    """Return the model's tokenizer, and how many tokens the model has room for (None: any)."""
-    name = model_args.model_name_or_path
-    if name is None:
-        raise UnusableInput("--model_name_or_path: want a Hugging Face folder or name")
-    if Path(name, "adapter_config.json").exists():
-        raise UnusableInput(f"--model_name_or_path {name}: an adapter; merge it into its model "
-                            f"first (merge_and_unload of peft)")
-    settings = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, **settings)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left",
-                                                               **settings)
-    except (OSError, ValueError) as error:
-        raise UnusableInput(f"--model_name_or_path {name}: {' '.join(str(error).split())[:200]}"
-                            ) from None
-    kinds = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    causal = type(config) in kinds.keys() or hasattr(config, "auto_map")
-    if not causal or getattr(config, "is_encoder_decoder", False):
-        raise UnusableInput(f"--model_name_or_path {name}: a {config.model_type} is no causal "
-                            f"language model")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token       # as TRL does
-    if tokenizer.pad_token is None:
-        raise UnusableInput(f"--model_name_or_path {name}: its tokenizer has no end-of-text token")
-    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def make_trainer(own: Arguments, args: RLOOConfig, model_args: ModelConfig, tokenizer,
-                 file: RewardFile) -> RLOOTrainer:
-    """Return TRL's trainer with the model; the dataset comes later."""
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision, "dtype": model_args.dtype,
-        "attn_implementation": model_args.attn_implementation} | (args.model_init_kwargs or {})
-    trainer = RLOOTrainer(
-        model=model_args.model_name_or_path,
-        reward_funcs=functools.partial(vbon_reward, file, tokenizer, own.n), args=args,
-        train_dataset=Dataset.from_list([{"prompt": ""}]), processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args))
-    trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    if not all(p.dtype == torch.float32 for p in trained):
-        raise UnusableInput("in half precision most updates are lost: want --dtype float32")
-    if args.learning_rate is None:
-        # the noise of all parameters together should not grow with their number: see README.md
-        args.learning_rate = 0.54 / math.sqrt(sum(p.numel() for p in trained))
-    for model in (trainer.model, trainer.ref_model):
-        if model is not None:
-            inner = OtherModel(model, None, 0)
-            if "position_ids" in inner.takes:
-                inner.model.base_model.register_forward_pre_hook(add_positions, with_kwargs=True)
-            # a saved model samples from its own distribution
-            inner.model.generation_config = transformers.GenerationConfig(
-                do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                max_new_tokens=args.max_completion_length, eos_token_id=trainer.eos_token_ids,
-                bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
-    return trainer
-
-
-def model_files(model_args: ModelConfig) -> list:
-    """Return what tells one model from another: name, revision, and files of a folder."""
-    folder = Path(model_args.model_name_or_path)
-    files = []
-    if folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            files.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
-    return [model_args.model_name_or_path, model_args.model_revision, model_args.dtype, files]
-
-
-def keep(out: Path, depends: tuple, function, *args) -> list[dict]:
-    """Return function(*args), from a file in `out` if an earlier run has left it there."""
-    name = hashlib.sha256(repr(depends).encode("utf-8")).hexdigest()[:12]
-    path = out / f"ref-{name}.jsonl"
-    if path.exists():
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    found = function(*args)
-    write_lines(path, found)
-    return found
-
-
-def notes(own: Arguments, rows: list[dict], held_out: list[dict], drawn: list[dict]) -> list[str]:
-    """Return the lines that are printed before the training."""
-    lines = [f"{len(rows)} prompts to train on, {len(held_out)} held-out prompts",
-             f"the first prompt: {rows[0]['prompt_text']!r}",
-             f"a response of the base model: {drawn[0]['response']!r}, "
-             f"reward {drawn[0]['reward']:.3g}"]
-    best = own.n / (own.n + 1)
-    wins = wins_of_target(own.n, own.m)
-    if wins < best - 0.01:
-        lines.append(f"M = {own.m} is small for n = {own.n}: even a perfect policy would win only "
-                     f"{wins:.3f} ({best:.3f} by best of {own.n}); raise --m")
-    for marker in ("<|im_start|>", "[INST]", "<|start_header_id|>"):
-        if isinstance(rows[0]["prompt"], str) and marker in rows[0]["prompt"]:
-            lines.append(f"the prompts hold the chat marker {marker}: messages in a .jsonl file "
-                         f"would be safer")
-    return lines
-
-# -------------------------------------------------------------------------------------- evaluation
-
-def as_matrix(found: list[dict], name: str, prompts: int) -> Tensor:
-    """Return one number of each response (P, K)."""
-    return torch.tensor([one[name] for one in found], dtype=torch.float64).view(prompts, -1)
-
-
-def evaluate(sampler: Sampler, own: Arguments, rows: list[dict], held: list[dict]
-             ) -> tuple[list[dict], dict]:
-    """Return the rows of reference, best-of-N and vBoN as in train.py, and all responses."""
-    policy = sampler.wrap(sampler.trainer.model)
-    found = sampler.draw(policy, rows, own.k_eval, "policy")
-    logprob = sampler.score(policy, rows, found)
-    with sampler.reference() as reference:
-        ref_logprob = sampler.score(reference, rows, found)
-        held_logprob = sampler.score(reference, rows, held)
-    add_logprobs(held, held_logprob, held_logprob)
-    add_logprobs(found, logprob, ref_logprob)
-
-    # the first half estimates F; best-of-N chooses among the others, the candidates
-    P = len(rows)
-    half = own.m_eval // 2
-    ref_rewards = as_matrix(held, "reward", P)[:, :half]
-    rewards = as_matrix(held, "reward", P)[:, half:]
-    candidates = as_matrix(held, "logprob", P)[:, half:]
-    groups = rewards.shape[1] // own.n
-    best = vbon.best_of_n(rewards[:, :groups * own.n].reshape(P * groups, own.n),
-                          seeded_generator("cpu", "best", own.n, sampler.trainer.args.seed))
-    best = best.view(P, groups) + own.n * torch.arange(groups)
-    log_bon = vbon.bon_target(candidates.gather(1, best), rewards.gather(1, best), ref_rewards,
-                              own.n)
-    table = []
-    for method, samples, numbers in (
-            ("ref", 1, (candidates, candidates, rewards)),
-            ("bon", own.n, (log_bon, candidates.gather(1, best), rewards.gather(1, best))),
-            ("vbon", 1, [as_matrix(found, name, P) for name in ("logprob", "ref_logprob",
-                                                                "reward")])):
-        row = train.metrics(*numbers, ref_rewards, own.n)
-        table.append({"method": method, "n": own.n, "samples_per_answer": samples} | row)
-    longest = sampler.trainer.args.max_completion_length
-    ends = sampler.trainer.eos_token_ids
-    for row, some in zip(table, (held, held, found)):
-        cut = [len(one["ids"]) == longest and one["ids"][-1] not in ends for one in some]
-        row["cut"] = sum(cut) / len(cut)
-    return table, {"reference": with_method(held, "ref"), "policy": with_method(found, "vbon")}
-
-
-def add_logprobs(found: list[dict], logprob: list[float], ref_logprob: list[float]) -> None:
-    """Add the log-probabilities of the responses, under what sampled them and the base model."""
-    for one, x, ref in zip(found, logprob, ref_logprob):
-        one |= {"logprob": x, "ref_logprob": ref, "token_kl": x - ref}
-
-
-def with_method(found: list[dict], method: str) -> list[dict]:
-    """Return the responses with the name of what sampled them first, as train.py's files."""
-    return [{"method": method} | one for one in found]
-
-
-def save_policy(trainer: RLOOTrainer, tokenizer, out: Path, merge: bool) -> None:
-    """Leave the policy as one complete model, if it is asked for."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if merge and hasattr(model, "merge_and_unload"):
-        merged = model.merge_and_unload()
-        merged.save_pretrained(out / "merged")
-        tokenizer.save_pretrained(out / "merged")
-    print(f"{out} holds the policy and all responses")
 
 
 if __name__ == "__main__":
