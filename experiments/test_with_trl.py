@@ -103,7 +103,7 @@ def test_the_gradient_of_trl_is_that_of_equation_6(kind, reward, tmp_path):
             texts = with_trl.response_texts(tokenizer, [row["prompt_ids"]] * len(y), y.tolist())
             rewards = torch.tensor(file.ask([row["prompt_text"]] * len(y), texts)).double()[None]
             prompt = torch.tensor([row["prompt_ids"]])
-            with with_trl.reference(trainer) as model:
+            with with_trl.model_of(trainer, "reference") as model:
                 ref_logprob = model.logprob(prompt, y[None]).detach()
             drawn = torch.multinomial(ref_logprob[0].exp(), 60, True, generator=generator)
             row["ref_rewards"] = rewards[0, drawn].tolist()

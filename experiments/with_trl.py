@@ -301,18 +301,16 @@ def wrap(trainer: RLOOTrainer, model: torch.nn.Module) -> OtherModel:
 
 
 @contextlib.contextmanager
-def policy(trainer: RLOOTrainer):
-    """Give the model that is trained."""
-    yield wrap(trainer, trainer.model)
-
-
-@contextlib.contextmanager
-def reference(trainer: RLOOTrainer):
-    """Give the base model: the policy with its adapters off or, if it has none, TRL's copy."""
-    if trainer.ref_model is not None:
+def model_of(trainer: RLOOTrainer, name: str):
+    """Give the "policy", or the "reference": the policy with its adapters off, so that there is one
+    copy of the weights. Where all weights are trained, TRL has a copy."""
+    if name == "reference" and trainer.ref_model is not None:
         yield wrap(trainer, trainer.ref_model)
         return
-    with trainer.model.disable_adapter():
+    adapters_off = contextlib.nullcontext()
+    if name == "reference":
+        adapters_off = trainer.model.disable_adapter()
+    with adapters_off:
         yield wrap(trainer, trainer.model)
 
 
@@ -345,11 +343,13 @@ def check_model(trainer: RLOOTrainer, rows: list[dict]) -> None:
 
 # ----------------------------------------------------------------------------------- the responses
 
-def draw(trainer: RLOOTrainer, file: RewardFile, rows: list[dict], count: int, sampled_by,
+@torch.no_grad()
+def draw(trainer: RLOOTrainer, file: RewardFile, rows: list[dict], count: int, name: str,
          scored: bool) -> list[dict]:
-    """Return `count` responses to each prompt, with rewards and, if scored, log-probabilities.
+    """Return `count` responses of a model to each prompt, with rewards and, if scored, their
+    log-probabilities under it and the reference. Each process samples its share.
 
-    sampled_by: `policy` or `reference`. Each process samples its share.
+    name: "policy" or "reference".
     """
     args = trainer.args
     device = trainer.accelerator.device
@@ -363,43 +363,34 @@ def draw(trainer: RLOOTrainer, file: RewardFile, rows: list[dict], count: int, s
             part = mine[start:start + args.per_device_eval_batch_size]
             ids = [job["prompt_ids"] for job in part]
             prompt = pad_left(ids, device)
-            generator = seeded_generator(device, sampled_by.__name__, len(rows), args.seed,
-                                         trainer.accelerator.process_index, start)
-            with sampled_by(trainer) as model:
+            generator = seeded_generator(device, name, len(rows), args.seed, start,
+                                         trainer.accelerator.process_index)
+            with model_of(trainer, name) as model:
                 response, _ = model.sample(prompt, 1, args.max_completion_length, generator)
             kept = model.mask(response)
-            texts = response_texts(trainer.processing_class, ids,
-                                   [y[known].tolist() for y, known in zip(response, kept)])
-            columns = {
-                "prompt_id": [job["prompt_id"] for job in part],
-                "prompt": [job["prompt_text"] for job in part],
-                "response": texts,
-                "reward": file.ask([job["prompt_text"] for job in part], texts),
-                "cut": [not end for end in torch.isin(response, torch.tensor(
-                    model.ends, device=device)).any(-1)[:, 0].tolist()],
-            }
+            ended = torch.isin(response, torch.tensor(model.ends, device=device)).any(-1)
+            texts = [job["prompt_text"] for job in part]
+            answers = response_texts(trainer.processing_class, ids,
+                                     [y[is_token].tolist() for y, is_token in zip(response, kept)])
+            columns = {"prompt_id": [job["prompt_id"] for job in part], "prompt": texts,
+                       "response": answers, "reward": file.ask(texts, answers),
+                       "cut": (~ended)[:, 0].tolist()}
             if scored:
-                columns["logprob"] = score(trainer, sampled_by, prompt, response)
-                columns["ref_logprob"] = score(trainer, reference, prompt, response)
+                for column, by in (("logprob", name), ("ref_logprob", "reference")):
+                    with model_of(trainer, by) as model:
+                        columns[column] = model.logprob(prompt, response)[:, 0].tolist()
             found += [dict(zip(columns, values)) for values in zip(*columns.values())]
             if trainer.accelerator.is_main_process:
-                report.show_progress(f"responses of the {sampled_by.__name__}", start + len(part),
-                                     len(mine), began)
+                report.show_progress(f"responses of the {name}", start + len(part), len(mine),
+                                     began)
     return gather_object(found)
 
 
-@torch.no_grad()
-def score(trainer: RLOOTrainer, scored_by, prompt: Tensor, response: Tensor) -> list[float]:
-    """Return the log-probability of each response (B, 1, L), in nats."""
-    with scored_by(trainer) as model:
-        return model.logprob(prompt, response)[:, 0].tolist()
-
-
-def keep(path: Path, function, trainer: RLOOTrainer, *args) -> list[dict]:
-    """Return function(trainer, ...), from the file that an earlier run has left of it, if any."""
+def keep(path: Path, trainer: RLOOTrainer, *args) -> list[dict]:
+    """Return what `draw` returns, from the file that an earlier run has left, if there is one."""
     if path.exists():
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    found = function(trainer, *args)
+    found = draw(trainer, *args)
     if trainer.accelerator.is_main_process:
         write_lines(path, found)
     return found
@@ -408,11 +399,11 @@ def keep(path: Path, function, trainer: RLOOTrainer, *args) -> list[dict]:
 def name_file(own: Arguments, args: RLOOConfig, model_args: ModelConfig, *others) -> str:
     """Return a name for the base model's responses: a hash of what they depend on."""
     folder = Path(model_args.model_name_or_path)
-    files = [folder.resolve(), model_args.model_revision, model_args.dtype]
+    model = [folder.resolve(), model_args.model_revision, model_args.dtype]
     if folder.is_dir():
-        files += [(path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        model += [(path.name, path.stat().st_size, path.stat().st_mtime_ns)
                   for path in sorted(folder.iterdir())]
-    parts = (files, read_text(Path(own.reward)), args.max_completion_length, args.seed, *others)
+    parts = (model, read_text(Path(own.reward)), args.max_completion_length, args.seed, *others)
     return f"ref-{hashlib.sha256(repr(parts).encode('utf-8')).hexdigest()[:12]}.jsonl"
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -450,15 +441,6 @@ def make_table(held: list[dict], found: list[dict], prompts: int, n: int, seed: 
     return rows, ref_rewards
 
 
-def records(method: str, responses: list[dict]) -> list[dict]:
-    """Return the lines of a file of responses, with the keys of train.py's files."""
-    lines = []
-    for one in responses:
-        use = "evaluation" if method == "vbon" else "reference"
-        kl = one["logprob"] - one["ref_logprob"]
-        lines.append({"method": method, "use": use} | one | {"token_kl": kl})
-    return lines
-
 # ----------------------------------------------------------------------------------------- the run
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -493,9 +475,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
     # ---- reference responses: their rewards estimate F
     path = out / name_file(own, args, model_args, rows, own.m)
-    drawn = keep(path, draw, trainer, file, rows, own.m, reference, False)
+    drawn = keep(path, trainer, file, rows, own.m, "reference", False)
     path = out / name_file(own, args, model_args, held_out, own.m_eval)
-    held = keep(path, draw, trainer, file, held_out, own.m_eval, reference, True)
+    held = keep(path, trainer, file, held_out, own.m_eval, "reference", True)
     for i, row in enumerate(rows):
         row["ref_rewards"] = [one["reward"] for one in drawn[i * own.m:(i + 1) * own.m]]
     trainer.train_dataset = Dataset.from_list(rows)
@@ -518,12 +500,14 @@ def main(argv: list[str] | None = None) -> list[dict]:
     trainer.save_model()
 
     # ---- evaluation: on held-out prompts
-    found = draw(trainer, file, held_out, own.m_eval // 2, policy, True)
+    found = draw(trainer, file, held_out, own.m_eval // 2, "policy", True)
     table, ref_rewards = make_table(held, found, len(held_out), own.n, args.seed)
     if trainer.accelerator.is_main_process:
         report.print_table(table, ref_rewards, args.max_completion_length)
-        write_lines(out / "responses-reference.jsonl", records("ref", held))
-        write_lines(out / "responses-policy.jsonl", records("vbon", found))
+        for name, method, responses in (("reference", "ref", held), ("policy", "vbon", found)):
+            lines = [{"method": method} | one
+                     | {"token_kl": one["logprob"] - one["ref_logprob"]} for one in responses]
+            write_lines(out / f"responses-{name}.jsonl", lines)
         if own.merge and trainer.ref_model is None:
             # in half precision, the sum of a weight and its small change would lose the change
             trainer.model.float().merge_and_unload().save_pretrained(out / "merged")
