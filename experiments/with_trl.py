@@ -324,11 +324,12 @@ def check_model(trainer: RLOOTrainer, rows: list[dict]) -> None:
     prompts = sorted((row["prompt_ids"] for row in rows), key=len)
     prompt = pad_left([prompts[0], prompts[-1]], trainer.accelerator.device)
     model = wrap(trainer, trainer.model)
+    length = min(8, trainer.args.max_completion_length)
     made = model.model.generate(
-        prompt.clamp(min=0), attention_mask=(prompt != NO_TOKEN).long(), max_new_tokens=8,
-        min_new_tokens=8, output_logits=True, return_dict_in_generate=True)
-    response = made.sequences[:, None, prompt.shape[1]:]                        # (2, 1, 8)
-    logits = torch.stack(made.logits, 1).float()                                # (2, 8, V)
+        prompt.clamp(min=0), attention_mask=(prompt != NO_TOKEN).long(), max_new_tokens=length,
+        min_new_tokens=length, output_logits=True, return_dict_in_generate=True)
+    response = made.sequences[:, None, prompt.shape[1]:]                        # (2, 1, L)
+    logits = torch.stack(made.logits, 1).float()                                # (2, L, V)
     recorded = logits.log_softmax(-1).gather(2, response.transpose(1, 2))[:, :, 0]
     recorded = (recorded * model.mask(response[:, 0])).sum(-1, dtype=torch.float64)
     padded = model.logprob(prompt, response)[:, 0]
@@ -337,7 +338,7 @@ def check_model(trainer: RLOOTrainer, rows: list[dict]) -> None:
     found = torch.stack([recorded, padded, torch.stack(alone)])                 # (3, 2)
     largest = (found.max(0).values - found.min(0).values).max().item()
     allowed = 0.05 if trainer.model.dtype == torch.float32 else 1.0
-    want(largest < allowed, f"log-probabilities of a response of 8 tokens differ by {largest:.2g} "
+    want(largest < allowed, f"log-probabilities of a short response differ by {largest:.2g} "
                             f"nats when this model samples and scores it, with padding and "
                             f"without: want a causal language model")
 
@@ -414,32 +415,31 @@ def make_table(held: list[dict], found: list[dict], prompts: int, n: int, seed: 
 
     held, found: responses of the base model and of the policy to the held-out prompts.
     """
-    def matrix(responses: list[dict], name: str) -> Tensor:                     # (P, K)
-        numbers = [one[name] for one in responses]
-        return torch.tensor(numbers, dtype=torch.float64).view(prompts, -1)
-
     # one half estimates F; best-of-N chooses among the others, the candidates
-    ref_rewards, reward = matrix(held, "reward").chunk(2, 1)
-    _, logprob = matrix(held, "logprob").chunk(2, 1)
+    ref_rewards, reward = matrix(held, "reward", prompts).chunk(2, 1)
+    _, logprob = matrix(held, "logprob", prompts).chunk(2, 1)
     groups = reward.shape[1] // n
     best = vbon.best_of_n(reward[:, :groups * n].reshape(-1, n), seeded_generator("cpu", n, seed))
     best = best.view(prompts, groups) + n * torch.arange(groups)
     best_reward = reward.gather(1, best)
     best_logprob = logprob.gather(1, best)
     log_bon = vbon.bon_target(best_logprob, best_reward, ref_rewards, n)
-    rows = [
-        {"method": "ref", "samples_per_answer": 1}
-        | train.metrics(logprob, logprob, reward, ref_rewards, n),
-        {"method": "bon", "samples_per_answer": n}
-        | train.metrics(log_bon, best_logprob, best_reward, ref_rewards, n),
-        {"method": "vbon", "samples_per_answer": 1}
-        | train.metrics(matrix(found, "logprob"), matrix(found, "ref_logprob"),
-                        matrix(found, "reward"), ref_rewards, n)]
-    for row, responses in zip(rows, (held, held, found)):
-        row["n"] = n
-        row["cut"] = matrix(responses, "cut").mean().item()
+    policy = [matrix(found, name, prompts) for name in ("logprob", "ref_logprob", "reward")]
+    rows = []
+    for method, samples, numbers, responses in (
+            ("ref", 1, (logprob, logprob, reward), held),
+            ("bon", n, (log_bon, best_logprob, best_reward), held),
+            ("vbon", 1, policy, found)):
+        row = {"method": method, "n": n, "samples_per_answer": samples}
+        row |= train.metrics(*numbers, ref_rewards, n)
+        row["cut"] = matrix(responses, "cut", prompts).mean().item()
+        rows.append(row)
     return rows, ref_rewards
 
+
+def matrix(responses: list[dict], name: str, prompts: int) -> Tensor:
+    """Return a number of each response (P, K)."""
+    return torch.tensor([one[name] for one in responses], dtype=torch.float64).view(prompts, -1)
 
 # ----------------------------------------------------------------------------------------- the run
 
