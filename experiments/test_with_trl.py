@@ -22,6 +22,7 @@ from experiments.test_other_model import all_responses  # noqa: E402
 from support.files import UnusableInput  # noqa: E402
 from support.own_reward import RewardFile  # noqa: E402
 
+ROOT = Path(__file__).parent.parent
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m['role'][0] + m['content'] + '.' }}"
             "{% endfor %}{% if add_generation_prompt %}{{ '!' }}{% endif %}")
 MANY_A = "def reward(prompts, responses):\n    return [r.count('a') for r in responses]\n"
@@ -132,8 +133,8 @@ def test_log_weights_are_those_of_equations_3_and_4():
 
 
 def test_a_run_makes_the_policy_better_and_leaves_it_as_a_folder(folder):
-    rows = with_trl.main(flags(folder, max_steps=60, n=3, m_eval=128, per_device_train_batch_size=64))
-    reference, best, policy = rows
+    reference, best, policy = with_trl.main(flags(folder, max_steps=60, n=3, m_eval=128,
+                                                  per_device_train_batch_size=64))
     assert abs(reference["win_rate"] - 0.5) < 4 * reference["win_rate_se"]
     assert abs(best["win_rate"] - best["theory_win_rate"]) < 4 * best["win_rate_se"]
     assert policy["win_rate"] > 0.5 + 0.6 * (best["win_rate"] - 0.5)
@@ -149,7 +150,8 @@ def test_a_run_makes_the_policy_better_and_leaves_it_as_a_folder(folder):
     for text in {one["prompt"] for one in lines}:
         batch = tokenizer([text] * 200, return_tensors="pt")
         made = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"])
-        texts = tokenizer.batch_decode(made[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
+        made = made[:, batch["input_ids"].shape[1]:]
+        texts = tokenizer.batch_decode(made, skip_special_tokens=True)
         rewards += [one.count("a") for one in texts]
     error = torch.tensor(rewards).double().std() / len(rewards) ** 0.5
     assert abs(sum(rewards) / len(rewards) - policy["reward"]) < 6 * error
@@ -196,8 +198,8 @@ def test_a_response_keeps_its_first_blank():
     ({"beta": 0.1}, "--beta 0.1: another objective than vBoN's; want 1.0"),
     ({"num_iterations": 2}, "--num_iterations 2"), ({"temperature": 0.7}, "--temperature 0.7"),
     ({"normalize_advantages": True}, "--normalize_advantages"),
-    ({"steps_per_generation": 4}, "--steps_per_generation"), ({"num_generations": 1}, "generations"),
-    ({"m_eval": 3}, "--m_eval 3"), ({"betta": 1}, "--betta"),
+    ({"steps_per_generation": 4}, "--steps_per_generation"), ({"m_eval": 3}, "--m_eval 3"),
+    ({"num_generations": 1}, "generations"), ({"betta": 1}, "--betta"),
     ({"use_peft": False, "dtype": "bfloat16"}, "half precision"),
     ({"model_name_or_path": "nowhere"}, "--model_name_or_path nowhere"),
     ({"prompts": "nowhere.txt"}, "nowhere.txt"), ({"reward": "nowhere.py"}, "nowhere.py"),
@@ -209,23 +211,27 @@ def test_unusable_arguments_are_refused_in_one_line(changes, message, folder):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("change, message", [
-    ("(folder / 'reward.py').write_text('def reward(p, r): return [float(\"nan\")] * len(r)')", "nan"),
-    ("(folder / 'prompts.txt').write_text('a\\nb')", "1 held-out prompts: want at least 8"),
-    ("(folder / 'prompts.txt').write_text('a<end>\\n' * 50)", "ends with the end-of-text"),
-    ("(folder / 'model/adapter_config.json').write_text('{}')", "is an adapter"),
-    ("transformers.BertConfig(architectures=['BertForMaskedLM']).save_pretrained(folder / 'model')",
-     "BertForMaskedLM is no causal"),
-    ("make_folder(folder / 'model'), (folder / 'model/chat_template.jinja').unlink(True), "
-     "shutil.copy(folder / 'chat.jsonl', folder / 'prompts.txt.jsonl')", "chat template")])
-def test_unusable_files_are_refused_in_one_line(change, message, folder):
-    eval(change)
-    chat = folder / "prompts.txt.jsonl"
+@pytest.mark.parametrize("name, content, message", [
+    ("reward.py", "def reward(p, r): return [float('nan')] * len(r)", "nan"),
+    ("prompts.txt", "a\nb", "1 held-out prompts: want at least 8"),
+    ("prompts.txt", "a<end>\n" * 50, "ends with the end-of-text"),
+    ("chat.jsonl", '{"prompt": []}\n' * 50, "want objects with"),
+    ("chat.jsonl", '{"prompt": "a"}\n{"prompt": [{"role": "user", "content": "a"}]}\n' * 25,
+     "want texts or messages, not both"),
+    ("model/chat_template.jinja", None, "messages need a model with a chat template"),
+    ("model/adapter_config.json", "{}", "is an adapter"),
+    ("model/config.json", '{"model_type": "bert", "architectures": ["BertForMaskedLM"]}',
+     "BertForMaskedLM is no causal language model")])
+def test_unusable_files_are_refused_in_one_line(name, content, message, folder):
+    (folder / name).unlink(missing_ok=True)
+    if content is not None:
+        (folder / name).write_text(content, encoding="utf-8")
+    prompts = folder / ("chat.jsonl" if "chat" in name else "prompts.txt")
     with pytest.raises(UnusableInput, match=message):
-        with_trl.main(flags(folder, prompts=chat if chat.exists() else folder / "prompts.txt"))
+        with_trl.main(flags(folder, prompts=prompts))
 
 
-def test_a_model_that_is_not_causal_is_found(folder, monkeypatch):
+def test_a_model_that_is_not_causal_is_found(folder):
     model = transformers.BertLMHeadModel(transformers.BertConfig(
         vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=16, eos_token_id=11, pad_token_id=10, initializer_range=0.4))
@@ -241,8 +247,7 @@ def test_two_processes_end_with_the_same_table_and_a_fault_in_the_reward_with_on
         del words[words.index(name):words.index(name) + 2]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m",
                "experiments.with_trl", "--config", str(folder / "config.yaml"), *words]
-    root = Path(__file__).parent.parent
-    run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("theory, n = 2") == 1
     alone = with_trl.main(flags(folder, max_steps=30, m_eval=128, output_dir=folder / "alone"))
@@ -250,7 +255,7 @@ def test_two_processes_end_with_the_same_table_and_a_fault_in_the_reward_with_on
     assert float(cells[2]) == pytest.approx(alone[2]["win_rate"], abs=0.06)
     (folder / "reward.py").write_text(MANY_A.replace("r.count", "len(r) < 4 or 1 / 0 or r.count"),
                                       encoding="utf-8")
-    run = subprocess.run([sys.executable, "-m", "experiments.with_trl", *flags(folder)], cwd=root,
+    run = subprocess.run([sys.executable, "-m", "experiments.with_trl", *flags(folder)], cwd=ROOT,
                          capture_output=True, text=True)
     last = run.stderr.splitlines()[-1]
     assert run.returncode == 2 and "ZeroDivisionError: division by zero" in last
