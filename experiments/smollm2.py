@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from support.records import write_lines
+from support.files import write_lines
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WISHES = ("Write one sentence about {}.", "What do you think of {}?", "Tell me about {}.",
