@@ -73,4 +73,9 @@ def load_pretrained(init: str) -> Pretrained:
     if tokens != encoding.n_vocab:
         raise UnusableInput(f"--init {init}: the model has {tokens} tokens, its vocabulary "
                             f"{encoding.n_vocab}")
+    # weights may be finite, and still so large that the logits are not
+    with torch.no_grad():
+        finite = model(torch.tensor([[0]])).isfinite().all()
+    if not finite:
+        raise UnusableInput(f"--init {init}: the logits of this model are not finite")
     return Pretrained(model, encoding)

@@ -121,8 +121,9 @@ def load_reviews(folder: str | Path, labelled: bool = True) -> list[Review]:
     """
     root = Path(folder)
     labels = {"pos": 1, "neg": 0}
-    if not labelled and (root / "texts.txt").exists():
-        labels = {"texts": 0}
+    for name in ("prompts", "texts"):                   # the first is an old name
+        if not labelled and (root / f"{name}.txt").exists():
+            labels = {name: 0}
     reviews = {}                                        # by what repeated texts have in common
     for name, label in labels.items():
         before = len(reviews)

@@ -90,7 +90,7 @@ def varied(tmp_path_factory):
         ours.ln_f.weight[0] = 0
         ours.ln_f.bias[0] = 1
         ours.lm_head.weight[-1, 0] = 3
-    row = {name: 0 for name in results.KEYS} | {"prompt_tokens": 4, "length": 24}
+    row = {name: 0 for name in results.METRICS} | {"prompt_tokens": 4, "length": 24}
     results.export_model(folder, ours, encoding, row)
     return ours, *load_both(folder), folder
 
