@@ -15,7 +15,7 @@ import vbon
 from experiments import theory
 from model import GPT, prompts_at_a_time
 from support.statistics import share_of_sets
-from train import TUNING, Batch, Method, TuningSettings, vbon_gradient, watch
+from train import TUNING, Batch, Method, vbon_gradient, watch
 
 METHODS = ("vbon", "bound", "kl-rl", "infalign-ctrl", "wind", "max-at-k", "max-at-k-win",
            "infalign", "bon-sft", "bond", "bonbon")
@@ -74,7 +74,7 @@ def descend(policy: GPT, prompt: Tensor, response: Tensor, loss: Callable) -> Te
 
 
 def target_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
-                    settings: TuningSettings, generator: torch.Generator, target: Callable,
+                    settings, generator: torch.Generator, target: Callable,
                     beta: float | None) -> dict[str, float]:
     """train.vbon_gradient with another log target; returns win_rate and kl_ref."""
     n = vbon.grow(n, batch.step, settings.steps)
@@ -116,7 +116,7 @@ def wind_target(rollout: vbon.Rollout, ref_rewards: Tensor, n: int, beta: float)
 
 
 def max_at_k_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
-                      settings: TuningSettings, generator: torch.Generator, name: str, beta: float
+                      settings, generator: torch.Generator, name: str, beta: float
                       ) -> dict[str, float]:
     """E[the best value of n own responses] / β - KL(π_θ || π_ref): PKPO (arXiv 2505.15201).
 
@@ -161,7 +161,7 @@ def max_at_k_weights(values: Tensor, k: int) -> Tensor:  # (P, K) -> (P, K)
 
 
 def bon_sft_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
-                     settings: TuningSettings, generator: torch.Generator) -> dict[str, float]:
+                     settings, generator: torch.Generator) -> dict[str, float]:
     """Maximum likelihood on winners: the forward KL(π_bon || π_θ), up to a constant.
 
     It has no score that could be huge, so it aims for the full n from the first update. It needs
@@ -172,7 +172,7 @@ def bon_sft_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: in
 
 
 def bond_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
-                  settings: TuningSettings, generator: torch.Generator) -> dict[str, float]:
+                  settings, generator: torch.Generator) -> dict[str, float]:
     """BOND's Jeffreys loss with N fixed (arXiv 2407.14622): the forward KL of bon-sft plus the
     reverse KL of vBoN.
 
@@ -192,7 +192,7 @@ def bond_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
 
 
 def bonbon_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
-                    settings: TuningSettings, generator: torch.Generator) -> dict[str, float]:
+                    settings, generator: torch.Generator) -> dict[str, float]:
     """BoNBoN (arXiv 2406.00832): from the best and the worst of the same n cached responses.
 
     With h = log π_θ - log π_ref, the loss is -α log π_θ(best) + (1-α) (h(best) - h(worst) - c)².
