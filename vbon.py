@@ -159,8 +159,8 @@ def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (
     """Return a surrogate loss: its *gradient* estimates minus (6), if y was sampled from π_θ.
 
     Minus, since an optimizer minimises. Its value means nothing. A constant in log_target, such as
-    the log of a normaliser, changes nothing: the baseline subtracts it. Raises ValueError for K < 2,
-    unequal shapes, and log-probabilities that are not finite.
+    the log of a normaliser, changes nothing: the baseline subtracts it. Raises ValueError for
+    K < 2, unequal shapes, and log-probabilities that are not finite.
     """
     _check_shapes(logprob, log_target)
     logprob = _float64(logprob)
