@@ -74,6 +74,8 @@ def test_the_table_has_the_means_of_the_records(finished_run):
         for name, key in (("reward", "reward"), ("kl_ref", "token_kl")):
             mean = sum(record[key] for record in records) / len(records)
             assert row[name] == pytest.approx(mean, abs=1e-6)
+        positive = sum(record["reward"] > 0 for record in records) / len(records)
+        assert row["positive"] == pytest.approx(positive)
     # the best of each two candidates
     pairs = torch.tensor([record["reward"] for record in candidates]).view(256, 2)
     assert best["reward"] == pytest.approx(pairs.amax(1).mean().item(), abs=1e-6)
