@@ -251,7 +251,7 @@ def watch(batch: Batch, rollout: vbon.Rollout, logprob: Tensor) -> dict[str, flo
 
 def vbon_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
                   settings: TuningSettings, generator: torch.Generator) -> dict[str, float]:
-    """Add the gradient of the loss, minus (6), to the policy's .grad: steps (a) to (e)."""
+    """Add an estimate of minus (6) to the policy's .grad: steps (a) to (e) of an update."""
     n = vbon.grow(n, batch.step, settings.steps)            # from best-of-2 to best-of-n
     length = batch.ref_response.shape[2]
     part = prompts_at_a_time(policy, settings.k, length)
@@ -260,7 +260,7 @@ def vbon_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
                             generator, part)
     # (c): log π_bon, the target of training
     log_target = vbon.bon_target(rollout.ref_logprob, rollout.reward, batch.ref_rewards, n)
-    # (d), (e): compute log π_θ with gradients, and follow (6)
+    # (d), (e): compute log π_θ with gradients, and add the estimate of minus (6)
     logprob = vbon.reinforce(policy, batch.prompt, rollout.response, log_target, part)
     return watch(batch, rollout, logprob) | {"kl_target": (logprob - log_target).mean().item()}
 

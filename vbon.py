@@ -26,8 +26,8 @@ towards it, by minimising KL(π_θ || π_bon). After that, one sample does the w
     (7)  F_lt = (#less + 1) / (M + 1)                                          the estimate from M
          F_le = F_lt + #equal / (M + 1), or F_lt + π_ref(y) if #equal = 0         (at most 1)
 
-E_θ is the mean over responses sampled from the policy; b is a number, the baseline. (4) and F_le in
-(7) are not in the paper, which assumes that rewards do not tie.
+E_θ is the mean over responses of the policy; b, the baseline, is a number that does not depend on
+y. (4) and F_le in (7) are not in the paper, which assumes that rewards do not tie.
 
 An update: (a) sample y from the policy, (b) compute its reward and log π_ref(y), (c) compute the
 target log π_bon(y), (d) compute log π_θ(y) with gradients, (e) add an estimate of -∇J to .grad.
@@ -165,7 +165,7 @@ def reverse_kl_loss(logprob: Tensor, log_target: Tensor) -> Tensor:  # (P, K), (
     _check_shapes(logprob, log_target)
     logprob = _float64(logprob)
     # In (6) the score is a number, so detach it: otherwise autograd would differentiate both
-    # factors of advantage · logprob. (At the target itself all scores are equal: no noise.)
+    # factors of advantage · logprob. (If π_θ were the target, all scores would be equal: no noise.)
     score = (_float64(log_target) - logprob).detach()
     if not score.isfinite().all():
         raise ValueError("want finite log-probabilities, got nan or inf")

@@ -26,7 +26,7 @@ def study(world: World, seed: int, path: Path) -> None:
     full = decoders.count_tokens(response, world.reference.eot).double().mean().item()
     wins = vbon.win_rate(world.candidates.reward, refs)
     ns = [n for n in NS if n <= response.shape[1]]
-    line = []                                           # win rate of best-of-n and its error
+    line = []
     for n in ns:
         weight = theory.winner_weights(world.candidates.reward, n)
         line.append(mean_and_error((weight * wins).sum(-1, keepdim=True)))
@@ -50,7 +50,7 @@ def study(world: World, seed: int, path: Path) -> None:
                  ylabel="win rate over the reference", title="Win rate and tokens of decoders")
         axes.set_xticks(ns, ns)
         axes.minorticks_off()
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        axes.legend(frameon=False, fontsize=9, loc="lower right")
 
 
 def reject(world: World, cuts: list[int]) -> tuple[float, float, float]:

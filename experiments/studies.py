@@ -41,23 +41,26 @@ def main(argv: list[str] | None = None) -> None:
     """Print the answers to the questions, for one N and one seed."""
     parser = options.make_parser(__doc__, train.Settings())
     parser.add_argument("--study", nargs="+", choices=STUDIES, metavar="STUDY",
-                        default=STUDIES[:-1],
                         help=f"which questions: {', '.join(STUDIES)} (default: all but the last)")
     args = parser.parse_args(argv)
     if args.sample is not None:
         raise UnusableInput("--sample: it belongs to train.py")
     inputs = read_inputs(args)
     settings = choose_settings(train.Settings(), args, args.n, inputs)
+    chosen = args.study or STUDIES[:-1]
     world = None
-    if set(args.study) - {"fault", "m", "sizes"}:       # these do not need it
+    if set(chosen) - {"fault", "m", "sizes"}:       # these do not need it
         world = train.prepare(inputs, settings, Path(args.out, "cache"), args.seed)
-    for name in args.study:
+    for name in chosen:
         try:
             if name == "sizes":
                 study_sizes(inputs, settings, args.n, args.seed, Path(args.out, "cache"))
             else:
                 study(name, args.n, args.seed, Path(args.out), world, settings)
         except UnusableInput as problem:
+            # a question that nobody asked must not stop the others
+            if args.study is not None:
+                raise
             print(f"\n{name} is left out: {problem}")
 
 
@@ -131,7 +134,6 @@ def study_scale(world: train.World, n: int, beta: float) -> None:
             cells = f"{optimum['win_rate']:36.3f}{optimum['kl_ref']:8.3f}"
         print(f"  {name:29}{vbon_change:8.3g}{change:8.3g}{cells}")
 
-# ---------------------------------------------------------------------------------- exact and bound
 
 EDGES = (0, -8, -12, -16, -20, -math.inf)               # of log π_ref(y), in nats
 
@@ -150,7 +152,6 @@ def study_bound(world: train.World, n: int) -> None:
             print(f"  {low:6} to {high:4}{len(chosen):15}{chosen.mean().item():22.1e}"
                   f"{chosen.max().item():12.1e}")
 
-# --------------------------------------------------------------------------------- the number M
 
 MS = (16, 32, 64, 128, 256, 512)
 
@@ -203,7 +204,6 @@ def study_m(path: Path, n: int) -> None:
             axes.set_xticks(MS, MS)
             axes.set_yticks(ticks, ticks)
 
-# ----------------------------------------------------------------- the learning rate and the size
 
 SIZES = ((2, 64), (2, 128), (4, 128))                   # layers, width
 

@@ -102,7 +102,6 @@ def cells(rows: list[dict], columns: dict[str, int]) -> str:
         line += ("" if found is None else f"{found[0]:.3f} ±{found[1]:.3f}").rjust(width)
     return line
 
-# -------------------------------------------------------------------------------------- the picture
 
 STRIPS = (("kl_bon", "KL to best-of-N", "nats per response"),
           ("below_win_rate", "Win rate below the highest at its KL", "win rate"),

@@ -18,7 +18,6 @@ from model import GPT
 from support import kept, results
 from support.files import UnusableInput
 from support.huggingface import load_model
-from support.statistics import bon_attains
 
 TIED = torch.tensor([[2.0, -1.0, 2.0, 3.0, -1.0, -1.0], [1.0, 2.0, 3.0, 4.0, 5.0, 60.0]]).double()
 
@@ -599,12 +598,15 @@ def test_studies_answer_all_questions(compared, capsys):
         assert (folder / name).stat().st_size > 10_000
 
 
-def test_a_study_that_is_impossible_stops_no_other(compared, capsys):
+def test_a_study_that_is_impossible_stops_no_other(compared, capsys, monkeypatch):
     """With N = 1 there is no KL to go to."""
     folder, _, _, _ = compared
-    studies.main(["--quick", "--n", "1", "--out", str(folder), "--study", "scale", "bound"])
+    monkeypatch.setattr(studies, "STUDIES", ("scale", "bound", "sizes"))
+    studies.main(["--quick", "--n", "1", "--out", str(folder)])
     printed = capsys.readouterr().out
     assert "scale is left out: kl-rl at n = 1" in printed and "How far is the bound" in printed
+    with pytest.raises(UnusableInput, match="kl-rl at n = 1"):
+        studies.main(["--quick", "--n", "1", "--out", str(folder), "--study", "scale"])
 
 
 def test_sizes_have_their_learning_rates(tmp_path, capsys, monkeypatch):

@@ -143,7 +143,6 @@ def cdf(weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     last = torch.searchsorted(ordered, values, right=True)
     return cumulative.gather(-1, first), cumulative.gather(-1, last)
 
-# ---------------------------------------------------------------------------- aims of the methods
 
 AT_BON = ("vbon", "bon-sft", "bond")
 FIXED_POINTS = ("max-at-k", "max-at-k-win", "infalign", "wind")
@@ -302,7 +301,6 @@ def pessimism_threshold(values: Tensor, beta: float) -> Tensor:  # (P, M) -> (P,
     above = (ordered > threshold).sum(-1, keepdim=True)
     return threshold.gather(-1, above - 1)
 
-# ------------------------------------------------------------------------------- the aim of BoNBoN
 
 BONBON_ALPHA = 0.005                    # the share of the likelihood of winners in its loss
 

@@ -26,10 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(description: str, settings, several: bool = False) -> Parser:
-    """Return a parser of the flags that train.py and the experiments share. Each setting is one.
-
-    With `several`, --n and --seed take any number of values.
-    """
+    """Return a parser of all flags. With `several`, --n and --seed take any number of values."""
     parser = Parser(description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog="Other texts and models have other settings: see support/settings.py.")

@@ -93,7 +93,7 @@ def plot_rewards(axes, rows: list[dict], rewards: list[Tensor]) -> None:
              ("vBoN, 1 sample", "tab:red", "--"))
     span = (rewards[0].min().item() - 0.1, rewards[0].max().item() + 0.1)
     for row, reward, (label, color, line) in zip(rows, rewards, looks):
-        axes.hist(reward.flatten().tolist(), 49, range=span, density=True, histtype="step",
+        axes.hist(reward.flatten().tolist(), bins=49, range=span, density=True, histtype="step",
                   lw=2, color=color, ls=line, label=label)
         axes.axvline(row["reward"], color=color, ls=line, lw=1)
     axes.set(xlabel="reward of a response (vertical lines: means)", ylabel="density",

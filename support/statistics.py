@@ -22,8 +22,10 @@ def bon_attains(ref_rewards: Tensor, n: int) -> tuple[float, float]:  # (P, M) -
 
     Without ties they are log N - (N-1)/N and N/(N+1). Both are estimated from the M rewards of each
     prompt; the KL is nan where best-of-N is determined by fewer than 16 of them. Raises ValueError
-    for rewards that are empty or not finite.
+    for n < 1, and for rewards that are empty or not finite.
     """
+    if type(n) is not int or n < 1:
+        raise ValueError(f"want an integer n >= 1, got {n!r}")
     less, equal = count_less_and_equal(ref_rewards, ref_rewards)
     m = ref_rewards.shape[1]
     cdf_lt = less / m
