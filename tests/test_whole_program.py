@@ -131,10 +131,10 @@ def test_the_table_says_what_enumeration_says(tmp_path):
     assert (status, error) == (0, "")
     reference = load_model(tmp_path / "world")
     policy = load_model(tmp_path / "out" / "policy-n3-seed0")
-    responses = read_lines(tmp_path / "out" / "responses-policy-n3-seed0.jsonl")
-    prompts = {row["prompt"] for row in responses}
+    records = read_lines(tmp_path / "out" / "responses-policy-n3-seed0.jsonl")
+    prompts = sorted({record["prompt"] for record in records})
     assert len(prompts) == 6                            # a quarter of the 26 first letters
-    exact = [exact_rows(torch.tensor([[ord(prompt)]]), reference, policy, 3) for prompt in prompts]
+    exact = [exact_rows(torch.tensor([[ord(x)]]), reference, policy, 3) for x in prompts]
     rows = read_rows(tmp_path / "out")
     for row, means in zip(rows, torch.stack(exact).mean(0).tolist(), strict=True):
         # ± in the table is over prompts. Here the prompts are known, and what is left is the noise
