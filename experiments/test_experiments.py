@@ -129,8 +129,10 @@ def test_a_beta_that_cannot_be_found_is_refused():
 def test_how_far_an_aim_is_from_best_of_n_and_from_the_highest_win_rate():
     """For a reward that is uniform on [0, 1], best of 4 has the density 4 u³, and KL-RL's optimum
     exp(u/β), normalised, which is also the highest win rate. The KL between them is an integral."""
-    rewards = uniform_rewards()
+    rewards = uniform_rewards().repeat(2, 1)            # two prompts
+    assert theory.find_aim("bound", 4, rewards)["kl_bon"] == pytest.approx(0, abs=1e-3)
     best = theory.find_aim("vbon", 4, rewards)
+    assert best["decoded_win_rate"] == pytest.approx(16 / 20, abs=1e-3)
     assert best["kl_bon"] == pytest.approx(0, abs=1e-12)
     assert best["below_win_rate"] == pytest.approx(0.0035, abs=5e-4)
     found = theory.find_aim("kl-rl", 4, rewards)
