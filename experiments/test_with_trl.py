@@ -83,8 +83,9 @@ def test_the_gradient_of_trl_is_that_of_equation_6(kind, reward, tmp_path):
     (tmp_path / "reward.py").write_text(f"def reward(prompts, responses):\n"
                                         f"    return [{reward} for r in responses]\n")
     own, args, model_args = with_trl.parse(flags(
-        tmp_path, n=3, max_steps=1, num_generations=2048, per_device_train_batch_size=2048,
-        optim="sgd", learning_rate=1, lr_scheduler_type="constant", save_strategy="no"))
+        tmp_path, n=3, max_steps=1, max_completion_length=2, num_generations=2048,
+        per_device_train_batch_size=2048, optim="sgd", learning_rate=1,
+        lr_scheduler_type="constant", save_strategy="no"))
     tokenizer, room = with_trl.read_tokenizer(model_args, args)
     rows = [{"prompt": "ab"}, {"prompt": "babba"}]
     with_trl.encode(rows, tokenizer, args, room)

@@ -79,9 +79,9 @@ DEFAULTS = {
     "max_grad_norm": 0.0,               # no clipping
     "max_steps": 200,
     "num_generations": 8,               # K
-    "per_device_train_batch_size": 16,  # responses at a time, with gradients ...
+    "per_device_train_batch_size": 16,  # responses that are scored at a time ...
     "gradient_accumulation_steps": 8,   # ... and 8 times as many in an update: 16 prompts
-    "per_device_eval_batch_size": 64,   # responses at a time, outside of training
+    "per_device_eval_batch_size": 64,   # responses that are sampled at a time, outside of training
     "max_completion_length": 64,        # tokens
     "bf16": False,                      # a KL is a small difference of log-probabilities
     "logging_steps": 1,
@@ -375,14 +375,24 @@ def draw(trainer: RLOOTrainer, file: RewardFile, rows: list[dict], count: int, n
                        "response": answers, "reward": file.ask(texts, answers),
                        "cut": (~ended)[:, 0].tolist()}
             if scored:
-                for column, by in (("logprob", name), ("ref_logprob", "reference")):
-                    with model_of(trainer, by) as model:
-                        columns[column] = model.logprob(prompt, response)[:, 0].tolist()
+                columns["logprob"] = score(trainer, name, prompt, response)
+                columns["ref_logprob"] = score(trainer, "reference", prompt, response)
             found += [dict(zip(columns, values)) for values in zip(*columns.values())]
             if trainer.accelerator.is_main_process:
                 report.show_progress(f"responses of the {name}", start + len(part), len(mine),
                                      began)
     return gather_object(found)
+
+
+def score(trainer: RLOOTrainer, name: str, prompt: Tensor, response: Tensor) -> list[float]:
+    """Return the log-probability of each response (B, 1, L), in nats, a few at a time: the logits
+    take more memory than all else."""
+    size = trainer.args.per_device_train_batch_size
+    found = []
+    with model_of(trainer, name) as model:
+        for x, y in zip(prompt.split(size), response.split(size)):
+            found += model.logprob(x, y)[:, 0].tolist()
+    return found
 
 
 def keep(path: Path, trainer: RLOOTrainer, *args) -> list[dict]:
