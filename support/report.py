@@ -65,9 +65,9 @@ def print_table(rows: list[dict], ref_rewards: Tensor, length: int) -> None:
         return
     if ties > 0.01:
         print(f"\nIn {ties:.0%} of all pairs of reference responses, both have the same reward.")
-    print("\nKLs in nats per response; ± is the standard error over prompts. vBoN succeeded if "
-          "its\nrow is near the row of best-of-N, and its KL to BoN near 0, with 1 sample a "
-          "response.")
+    print(f"\nKLs in nats per response; ± is the standard error over {len(ref_rewards)} prompts. "
+          f"vBoN succeeded if\nits row is near the row of best-of-N, and its KL to BoN near 0, with "
+          f"1 sample a response.")
     if max(row["cut"] for row in rows) > 0.01:
         cells = [f"{title(row['method'], row['n'])} {row['cut']:.0%}" for row in rows]
         print(f"Responses that do not end within {length} tokens, but are cut: {', '.join(cells)}.")

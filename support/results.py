@@ -75,8 +75,8 @@ def read_results(out: Path) -> list[dict]:
         return []
     try:
         # what follows the last line break is empty, or a line that was cut short
-        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    except ValueError:
+        return [dict(json.loads(line)) for line in path.read_bytes().split(b"\n")[:-1]]
+    except (ValueError, TypeError):
         raise UnusableInput(f"{path}: a line is damaged; delete it, or move the file") from None
 
 
