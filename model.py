@@ -226,8 +226,8 @@ class GPT(nn.Module):
 def prompts_at_a_time(model: GPT, k: int, length: int) -> int:
     """Return how many prompts to score together, by the memory that their logits take.
 
-    On a CPU they may hold 2^25 numbers (128 MiB): more would leave its cache and be slower. On a
-    GPU they may take a sixteenth of its memory, since the backward pass needs several copies.
+    On a CPU they may hold 2^25 numbers (128 MiB): more was measured to be slower. On a GPU they may
+    take a sixteenth of its memory, since the backward pass needs several copies.
     """
     numbers = 2 ** 25
     device = model.wte.weight.device

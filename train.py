@@ -233,7 +233,7 @@ class Batch(NamedTuple):
 class Method(NamedTuple):
     """One way to fine-tune a policy; experiments/methods.py has others."""
     label: str                      # in progress lines
-    names: tuple                    # with these, each update gets random numbers of its own
+    names: tuple                    # seed the random numbers of each update
     gradient: Callable              # takes the arguments of `vbon_gradient`
 
     def depends_on(self) -> tuple:
@@ -271,7 +271,7 @@ def fine_tune(checkpoint: Path, method: Method, n: int, reference: GPT, reward_f
     policy = copy.deepcopy(reference)
     trained = add_adapters(policy, settings.rank, seeded_generator("cpu", "adapters", seed))
     # Adam moves each parameter by about lr in an update, however small its gradient is. Near the
-    # target most of this is noise. Its KL grows with lr² · (number of trained parameters).
+    # target most of this is noise, which adds a KL ∝ lr² · (number of trained parameters).
     lr = settings.lr_scale / math.sqrt(sum(p.numel() for p in trained))
     optimizer = torch.optim.Adam(trained, lr=lr, betas=(0.9, 0.99), fused=True)
     first, history, before = resume(checkpoint, trained, optimizer)

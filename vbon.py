@@ -26,8 +26,8 @@ towards it, by minimising KL(π_θ || π_bon). After that, one sample does the w
     (7)  F_lt = (#less + 1) / (M + 1)                                          the estimate from M
          F_le = F_lt + #equal / (M + 1), or F_lt + π_ref(y) if #equal = 0         (at most 1)
 
-E_θ is the mean over responses of the policy; b, the baseline, is a number that does not depend on
-y. (4) and F_le in (7) are not in the paper, which assumes that rewards do not tie.
+E_θ is the expectation over responses y of the policy; b, the baseline, does not depend on y. (4) and
+F_le in (7) are not in the paper, which assumes that rewards do not tie.
 
 An update: (a) sample y from the policy, (b) compute its reward and log π_ref(y), (c) compute the
 target log π_bon(y), (d) compute log π_θ(y) with gradients, (e) add an estimate of -∇J to .grad.
@@ -123,12 +123,12 @@ def bon_target(ref_logprob: Tensor, reward: Tensor, ref_rewards: Tensor, n: int)
     _check_shapes(ref_logprob, reward)
     ref_logprob = _float64(ref_logprob)
     cdf_lt = empirical_cdf(reward, ref_rewards)
-    # P(r' = r) is the share of reference responses that tie with y. If none does, y is the only
+    # P(r' = r) is estimated by the reference responses that tie with y. If none does, y is the only
     # response known to have this reward, and its own probability is the estimate.
     _, equal = count_less_and_equal(reward, ref_rewards)
     m = ref_rewards.shape[1]
     tied = torch.where(equal > 0, equal / (m + 1), ref_logprob.exp())
-    # F_le is at most 1. Where the sum exceeds it, F_lt makes room for the tied mass.
+    # F_le is at most 1. Where the sum exceeds it, which needs #equal = 0, F_lt makes room for y.
     cdf_le = (cdf_lt + tied).clamp(max=1)
     cdf_lt = torch.minimum(cdf_lt, cdf_le - tied).clamp(min=0)
     return bon_logprob_ties(ref_logprob, cdf_lt.log(), cdf_le.log(), n)
