@@ -148,9 +148,12 @@ def get_policy(cache: Path, world: train.World, entry: Entry, n: int, settings: 
     The policy is on the device of the reference.
     """
     name = entry.method
-    # the target of KL-RL has no N: a policy of one β serves every N
-    train_n = 1 if name == "kl-rl" else n
-    aim = f"beta{entry.beta:g}" if name == "kl-rl" else f"n{n}"
+    aim = f"n{n}"
+    train_n = n
+    if name == "kl-rl":
+        # its target has no N: a policy of one β serves every N
+        aim = f"beta{entry.beta:g}"
+        train_n = 1
     choose = methods.choose_method if entry.own is None else entry.own.choose_method
     method = choose(name, train_n, entry.beta)
     # vBoN is the policy of train.py, from its cache if it is there
@@ -173,9 +176,10 @@ def run_policy(out: Path, world: train.World, entry: Entry, n: int, settings: tr
     row = train.policy_row(entry.method, world, evaluated, n, tuned["seconds"])
     answers = Answers(entry, row, evaluated["response"], evaluated["reward"])
     # vBoN's has the name that train.py gives it
-    name = "policy" if entry.label == "vbon" else f"policy-{entry.label}"
-    results.export_model(out / f"{name}-n{n}-seed{seed}", tuned["policy"], world.text.encoding,
-                         complete_row(answers, world, n) | made_by)
+    label = "" if entry.label == "vbon" else f"{entry.label}-"
+    folder = out / f"policy-{label}n{n}-seed{seed}"
+    line = complete_row(answers, world, n) | made_by
+    results.export_model(folder, tuned["policy"], world.text.encoding, line)
     return answers
 
 
@@ -232,9 +236,10 @@ def sample_text(found: list[Answers], world: train.World, n: int, seed: int) -> 
     for i, prompt in enumerate(world.held_out.prompt[:4].tolist()):
         text += f"{results.one_line(decode(encoding, prompt))} ...\n"
         for answers in found:
-            words = results.one_line(decode(encoding, answers.response[i, 0].tolist()))
             name = summary.title(answers.entry.label, n)
-            text += f"  {name:<20}{answers.reward[i, 0]:+6.2f}  ...{words}\n"
+            response = decode(encoding, answers.response[i, 0].tolist())
+            text += f"  {name:<20}{answers.reward[i, 0]:+6.2f}  "
+            text += f"...{results.one_line(response)}\n"
     return text
 
 

@@ -80,8 +80,9 @@ def soft_best_of_n_row(world: World, n: int, beta: float, seed: int) -> tuple[di
     groups = in_groups(candidates.reward, n)
     chosen = numbers_of(soft_best_of_n(groups, beta, generator), len(candidates.reward), n)
     # the rivals are other samples than those that were chosen from
-    own = soft_bon_logprob(candidates.logprob.gather(1, chosen),
-                           candidates.reward.gather(1, chosen), world.held_out.reward, n, beta)
+    ref_logprob = candidates.logprob.gather(1, chosen)
+    reward = candidates.reward.gather(1, chosen)
+    own = soft_bon_logprob(ref_logprob, reward, world.held_out.reward, n, beta)
     return decoded_row("soft-bon", world, n, chosen, own), chosen
 
 
@@ -96,8 +97,8 @@ def pessimism_row(world: World, n: int, beta: float, seed: int) -> tuple[dict, T
     generator = seeded_generator("cpu", "pessimism", n, beta, seed)
     first = pessimism_choice(in_groups(chance, n + 1), generator)
     chosen = numbers_of(first, len(chance), n + 1)
-    own = pessimism_logprob(candidates.logprob.gather(1, chosen), chance.gather(1, chosen),
-                            ref_chance, n)
+    ref_logprob = candidates.logprob.gather(1, chosen)
+    own = pessimism_logprob(ref_logprob, chance.gather(1, chosen), ref_chance, n)
     row = decoded_row("pessimism", world, n, chosen, own)
     # on average; the first that is accepted ends it
     row["samples_per_answer"] = round((first + 1).double().mean().item(), 1)

@@ -93,12 +93,12 @@ def print_aims(groups: Groups) -> None:
     print(f"\n{'the aim of':20}{'win rate':>11}{'KL to ref':>11}{'KL to BoN':>11}"
           f"{'below highest':>15}{'best of N of it':>16}")
     for (n, label), rows in groups.items():
-        found = [mean_and_spread(rows, f"aim_{name}") for name in columns]
-        if None not in found:
-            line = f"{title(label, n):20}"
-            for (mean, _), width in zip(found, columns.values()):
-                line += f"{mean:{width}.3f}"
-            print(f"{line}  N = {n}")
+        if mean_and_spread(rows, "aim_win_rate") is None:
+            continue                                    # too few effective samples
+        line = f"{title(label, n):20}"
+        for name, width in columns.items():
+            line += f"{mean_and_spread(rows, f'aim_{name}')[0]:{width}.3f}"
+        print(f"{line}  N = {n}")
 
 
 STRIPS = (("kl_bon", "KL to best-of-N", "nats per response"),

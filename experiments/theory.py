@@ -180,12 +180,12 @@ def find_aim(method: str, n: int, ref_rewards: Tensor, beta: float | None = None
     highest = highest_win_rate(found["kl_ref"], ref_rewards)
     if found["ess"] < MIN_SIZE or highest is None:
         return {"beta": beta}
-    kl_bon = torch.xlogy(weight, weight) - torch.xlogy(weight, bon_weights(n, ref_rewards))
-    return {"beta": beta} | found | {
-        "kl_bon": kl_bon.sum(-1).mean().item(),
-        "below_win_rate": highest - found["win_rate"],
-        "decoded_win_rate": decoded_win_rate_of(weight, ref_rewards, n),
-    }
+    bon = bon_weights(n, ref_rewards)
+    kl_bon = (torch.xlogy(weight, weight) - torch.xlogy(weight, bon)).sum(-1)
+    found["kl_bon"] = kl_bon.mean().item()
+    found["below_win_rate"] = highest - found["win_rate"]
+    found["decoded_win_rate"] = decoded_win_rate_of(weight, ref_rewards, n)
+    return {"beta": beta} | found
 
 
 def find_beta(ref_rewards: Tensor, n: int, method: str) -> float:  # (P, M)
