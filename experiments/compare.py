@@ -260,10 +260,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             raise UnusableInput(f"--beta {beta:g}: want 1e-6 to 1e6")
     if args.beta != [None] and args.method is not None and "kl-rl" not in args.method:
         raise UnusableInput("--beta: it belongs to kl-rl, which --method leaves out")
+    taken = {"ref", "bon", "soft-bon", *NAMES}
     for name in args.method or []:
-        if name.endswith(".py") and Path(name).stem in ("ref", "bon", "soft-bon", *NAMES):
-            raise UnusableInput(f"--method {name}: its name is taken; rename the file")
-        if not name.endswith(".py") and name not in NAMES:
+        if name.endswith(".py"):
+            if Path(name).stem in taken:
+                raise UnusableInput(f"--method {name}: its name is taken; rename the file")
+            taken.add(Path(name).stem)
+        elif name not in NAMES:
             raise UnusableInput(f"--method {name}: want {', '.join(NAMES)}, or a file NAME.py")
     return args
 

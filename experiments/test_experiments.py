@@ -509,7 +509,7 @@ def test_again_it_trains_nothing_and_adds_no_line(compared, tmp_path, capsys, mo
     ("--beta 2 nan", "--beta nan: want 1e-6 to 1e6"),
     ("--method vbon --beta 2", "it belongs to kl-rl"),
     ("--method ppo", "want vbon, .*, pessimism, or a file NAME.py"),
-    ("--method vbon.py", "its name is taken"),
+    ("--method a/mine.py b/mine.py", "b/mine.py: its name is taken"),
     ("--method missing.py", "missing.py: No such file"),
 ])
 def test_wrong_arguments_are_refused(arguments, message, tmp_path, monkeypatch):
