@@ -2,11 +2,8 @@
 
     soft best-of-n           one of n responses, with probability ∝ exp(r / β) (arXiv 2505.03156)
     InferenceTimePessimism   the first of n that is accepted (arXiv 2503.21878)
-    Speculative Rejection    start many, and drop the worse half on the way (arXiv 2410.20290)
-    TreeBoN                  keep the better ones, and let them branch (arXiv 2410.16033)
 
-The first two have a distribution that is known, and so a KL. For the others, all we have is what
-they return, and what it costs.
+Both have a distribution that is known, and so a KL.
 """
 import math
 
@@ -15,8 +12,6 @@ from torch import Tensor
 
 import vbon
 from experiments import theory
-from experiments.methods import take
-from model import GPT
 from support.sampling import seeded_generator
 from train import World, decoded_row
 
@@ -76,7 +71,7 @@ def pessimism_logprob(ref_logprob: Tensor, chance: Tensor, ref_chance: Tensor, n
 
 
 def soft_best_of_n_row(world: World, n: int, beta: float, seed: int) -> tuple[dict, Tensor]:
-    """Return the row of soft best-of-n, and the rewards (P', G) of what it has chosen.
+    """Return the row of soft best-of-n, and the candidates (P', G) that it has chosen.
 
     It chooses from the same groups of n candidates as best-of-n.
     """
@@ -84,18 +79,16 @@ def soft_best_of_n_row(world: World, n: int, beta: float, seed: int) -> tuple[di
     generator = seeded_generator("cpu", "soft best", n, beta, seed)
     groups = in_groups(candidates.reward, n)
     chosen = numbers_of(soft_best_of_n(groups, beta, generator), len(candidates.reward), n)
-    reward = candidates.reward.gather(1, chosen)
     # the rivals are other samples than those that were chosen from
-    own = soft_bon_logprob(candidates.logprob.gather(1, chosen), reward, world.held_out.reward, n,
-                           beta)
-    return decoded_row("soft-bon", world, n, chosen, own), reward
+    ref_logprob = candidates.logprob.gather(1, chosen)
+    reward = candidates.reward.gather(1, chosen)
+    own = soft_bon_logprob(ref_logprob, reward, world.held_out.reward, n, beta)
+    return decoded_row("soft-bon", world, n, chosen, own), chosen
 
 
 def pessimism_row(world: World, n: int, beta: float, seed: int) -> tuple[dict, Tensor]:
-    """Return the row of InferenceTimePessimism on the win rate, and the rewards of its choices.
-
-    Of each group of n + 1 candidates, the last one is taken if none of the n is accepted.
-    """
+    """Return the row of InferenceTimePessimism on the win rate, and the candidates (P', G) that it
+    has chosen, from groups of n + 1."""
     candidates = world.candidates
     refs = world.held_out.reward
     ref_wins = vbon.win_rate(refs, refs)
@@ -104,12 +97,12 @@ def pessimism_row(world: World, n: int, beta: float, seed: int) -> tuple[dict, T
     generator = seeded_generator("cpu", "pessimism", n, beta, seed)
     first = pessimism_choice(in_groups(chance, n + 1), generator)
     chosen = numbers_of(first, len(chance), n + 1)
-    own = pessimism_logprob(candidates.logprob.gather(1, chosen), chance.gather(1, chosen),
-                            ref_chance, n)
+    ref_logprob = candidates.logprob.gather(1, chosen)
+    own = pessimism_logprob(ref_logprob, chance.gather(1, chosen), ref_chance, n)
     row = decoded_row("pessimism", world, n, chosen, own)
     # on average; the first that is accepted ends it
     row["samples_per_answer"] = round((first + 1).double().mean().item(), 1)
-    return row, candidates.reward.gather(1, chosen)
+    return row, chosen
 
 
 def in_groups(values: Tensor, size: int) -> Tensor:  # (P, M) -> (P·G, size)
@@ -123,74 +116,3 @@ def numbers_of(chosen: Tensor, P: int, size: int) -> Tensor:  # (P·G,) -> (P, G
     """Return the number, among all M, of the one that is chosen in each group."""
     chosen = chosen.view(P, -1)
     return chosen + size * torch.arange(chosen.shape[1])
-
-
-def count_tokens(response: Tensor, eot: int) -> Tensor:  # (..., L) -> (...)
-    """Return the number of tokens that are sampled for each response, its end-of-text included."""
-    return ((response != eot).sum(-1) + 1).clamp(max=response.shape[-1])
-
-
-def cut_after(response: Tensor, tokens: int, eot: int) -> Tensor:
-    """Return the first tokens of the responses (P, K, L), padded with end-of-text."""
-    cut = response.clone()
-    cut[..., tokens:] = eot
-    return cut
-
-
-def speculative_rejection(prompt: Tensor, response: Tensor, reward_fn, cuts: list[int], eot: int
-                          ) -> tuple[Tensor, Tensor]:
-    """Start with all N responses (P, N, L); after each number of tokens keep the better half.
-
-    Better: by the reward of the unfinished text. Returns the index of the best one at the end, and
-    the number of tokens that were sampled, both (P,).
-    """
-    P, N, L = response.shape
-    alive = torch.arange(N).expand(P, N)
-    length = count_tokens(response, eot).cpu()
-    sampled = torch.zeros(P).double()
-    start = 0
-    for cut in [*cuts, L]:
-        # what those that are alive add between the last cut and this one
-        tokens = length.gather(1, alive).clamp(max=cut) - start
-        sampled += tokens.clamp(min=0).sum(1)
-        seen = cut_after(take(response, alive), cut, eot)
-        reward = reward_fn(prompt, seen).cpu().double()
-        keep = max(1, alive.shape[1] // 2) if cut < L else 1
-        alive = alive.gather(1, reward.topk(keep).indices)
-        start = cut
-    return alive[:, 0], sampled
-
-
-@torch.no_grad()
-def tree_bon(model: GPT, prompt: Tensor, reward_fn, roots: int, children: int, cuts: list[int],
-             length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Start with some roots; after each number of tokens keep the best 1/children, and branch.
-
-    prompt (P, T). The paper scores unfinished texts by a model of their preference; here it is the
-    reward of the unfinished text. Returns the best response (P, L), and the tokens sampled (P,).
-    """
-    P = len(prompt)
-    eot = model.eot
-    kept = torch.full((P, roots, 0), eot, device=prompt.device)
-    sampled = torch.zeros(P).double()
-    branches = 1
-    for cut, end in zip([0, *cuts], [*cuts, length]):
-        # continue each kept beginning several times, as if it were a part of the prompt
-        beginning = kept[..., :cut]
-        width = beginning.shape[1]
-        full = torch.cat([prompt[:, None].expand(-1, width, -1), beginning], -1)
-        more, _ = model.sample(full.reshape(P * width, -1), branches, end - cut, generator)
-        more = more.view(P, width, branches, end - cut)
-        beginning = beginning[:, :, None].expand(-1, -1, branches, -1)
-        # one that has ended stays as it is
-        ended = (beginning == eot).any(-1, keepdim=True)
-        more = more.masked_fill(ended, eot)
-        cost = count_tokens(more, eot).masked_fill(ended[..., 0], 0)
-        sampled += cost.sum((1, 2)).cpu()
-        grown = torch.cat([beginning, more], -1).flatten(1, 2)     # (P, width·branches, end)
-        padded = torch.nn.functional.pad(grown, (0, length - end), value=eot)
-        reward = reward_fn(prompt, padded).cpu().double()
-        keep = max(1, grown.shape[1] // children) if end < length else 1
-        kept = take(padded, reward.topk(keep).indices)
-        branches = children
-    return kept[:, 0], sampled

@@ -21,23 +21,25 @@ METHODS = ("vbon", "bound", "kl-rl", "infalign-ctrl", "wind", "max-at-k", "max-a
            "infalign", "bon-sft", "bond", "bonbon")
 FROM_WINNERS = ("bon-sft", "bond", "bonbon")            # these need n different cached responses
 FROM_SETS = ("max-at-k", "max-at-k-win", "infalign")    # these need n own responses to a prompt
+ALPHA = 0.005                           # the share of the likelihood in BoNBoN's loss
 CODE = (*TUNING, "experiments.methods", *theory.CODE)   # computes a policy; for `keep`
 
 
 def choose_method(name: str, n: int, beta: float | None) -> Method:
     """Return one of METHODS; β belongs to those in theory.WITH_BETA."""
-    gradients = {"vbon": vbon_gradient, "bon-sft": bon_sft_gradient, "bond": bond_gradient,
-                 "bonbon": bonbon_gradient}
-    targets = {"bound": bound_target, "wind": wind_target,
-               "kl-rl": functools.partial(value_target, name="kl-rl"),
-               "infalign-ctrl": functools.partial(value_target, name="infalign-ctrl")}
-    for other, target in targets.items():
-        gradients[other] = functools.partial(target_gradient, target=target, beta=beta)
-    for other in FROM_SETS:
-        gradients[other] = functools.partial(max_at_k_gradient, name=other, beta=beta)
+    losses = {"vbon": vbon_gradient, "bon-sft": bon_sft_gradient, "bond": bond_gradient,
+              "bonbon": bonbon_gradient}
+    targets = {"bound": bound_target, "wind": wind_target}
+    if name in losses:
+        gradient = losses[name]
+    elif name in FROM_SETS:
+        gradient = functools.partial(max_at_k_gradient, name=name, beta=beta)
+    else:
+        target = targets.get(name, functools.partial(value_target, name=name))
+        gradient = functools.partial(target_gradient, target=target, beta=beta)
     names = ("vbon", n) if name == "vbon" else (name, beta, n)
     label = f"{name} n={n}" if beta is None else f"{name} beta={beta:g}"
-    return Method(label, names, gradients[name])
+    return Method(label, names, gradient)
 
 
 def grow_beta(beta: float, step: int, steps: int) -> float:
@@ -205,13 +207,12 @@ def bonbon_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int
         ref_logprob = [reference.logprob(x, y) for x, y in
                        zip(batch.prompt.split(part), response.split(part))]
     ref_logprob = torch.cat(ref_logprob).cpu().double()
-    alpha = theory.BONBON_ALPHA
-    c = theory.bonbon_margin(n)
+    c = (n - 1) * sum(1 / k for k in range(1, n))
 
     def loss(logprob: Tensor, rows: slice) -> Tensor:
         log_best, _ = logprob.chunk(2, 1)
         h_best, h_worst = (logprob - ref_logprob[rows]).chunk(2, 1)
-        return (-alpha * log_best + (1 - alpha) * (h_best - h_worst - c) ** 2).mean()
+        return (-ALPHA * log_best + (1 - ALPHA) * (h_best - h_worst - c) ** 2).mean()
 
     logprob = descend(policy, batch.prompt, response, loss)
     h_best, h_worst = (logprob - ref_logprob).chunk(2, 1)

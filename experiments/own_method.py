@@ -8,12 +8,8 @@ log π_bon in vBoN's update. For example, the highest win rate at its KL, π_ref
     def target(rollout, ref_rewards, n):
         return rollout.ref_logprob + 5 * vbon.win_rate(rollout.reward, ref_rewards)
 
-    def weights(ref_rewards, n):
-        return (5 * vbon.win_rate(ref_rewards, ref_rewards)).exp()
-
-rollout has response (P, K, L), reward and ref_logprob (P, K); n grows to N as for vBoN. weights is
-optional: the aim, as weights (P, M) of M reference responses; they need not sum to 1. Instead of a
-target, `gradient(policy, reference, reward_fn, batch, n, settings, generator)` may take the place
+rollout has response (P, K, L), reward and ref_logprob (P, K); n grows to N as for vBoN. Instead of
+a target, `gradient(policy, reference, reward_fn, batch, n, settings, generator)` may take the place
 of train.vbon_gradient, with the same result: a dict of numbers.
 
 A log target of -inf is refused, since its gradient is infinite. For a response that must not occur,
@@ -35,7 +31,7 @@ from train import Method
 
 
 class OwnMethod:
-    """A file with a function `target` or `gradient`, and perhaps `weights`.
+    """A file with a function `target` or `gradient`.
 
     Raises UnusableInput, with the line of the file, for whatever goes wrong in it.
     """
@@ -86,26 +82,16 @@ class OwnMethod:
         # rewards in float64 on the CPU, as ref_logprob is
         rollout = rollout._replace(reward=rollout.reward.cpu().double())
         found = self.call(self.functions["target"], rollout, ref_rewards.cpu().double(), n)
-        return self.call(checked, found, "target", rollout.reward)
-
-    def weights(self, ref_rewards: Tensor, n: int) -> Tensor | None:
-        """Return the aim as weights (P, M) that sum to 1 for each prompt; None if unknown."""
-        if "weights" not in self.functions:
-            return None
-        found = self.call(self.functions["weights"], ref_rewards, n)
-        found = self.call(checked, found, "weights", ref_rewards)
-        return found / found.sum(-1, keepdim=True)
+        return self.call(checked, found, rollout.reward)
 
 
-def checked(found: object, name: str, like: Tensor) -> Tensor:
-    """Return what a function has returned, in float64. Raises ValueError for what is unusable."""
+def checked(found: object, like: Tensor) -> Tensor:
+    """Return what a target has returned, in float64. Raises ValueError for what is unusable."""
     if not isinstance(found, Tensor) or found.shape != like.shape:
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"{name}: want a tensor {tuple(like.shape)}, got {got}")
+        raise ValueError(f"target: want a tensor {tuple(like.shape)}, got {got}")
     found = found.detach().cpu().double()
-    if name == "weights" and not (found.min() >= 0 and found.sum(-1).min() > 0):
-        raise ValueError("weights: want numbers >= 0, not all 0")
     if not found.isfinite().all():
-        raise ValueError(f"{name}: want finite numbers; for a response that must not occur, the "
-                         f"target is rollout.ref_logprob - 30")
+        raise ValueError("target: want finite numbers; for a response that must not occur, "
+                         "rollout.ref_logprob - 30")
     return found

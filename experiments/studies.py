@@ -1,4 +1,4 @@
-"""studies.py: nine questions about vBoN and its neighbours.
+"""studies.py: eight questions about vBoN and its neighbours.
 
     python -m experiments.studies --n 4                     all of them
     python -m experiments.studies --n 4 --study fault       one of them
@@ -8,7 +8,6 @@
     bound         How far is the bound (3) from the exact form (2)?
     m             How does the number M of reference samples matter?
     fault         What if the reward has a fault?
-    savings       Which decoders save tokens?
     temperature   What does the sampling temperature do?
     gap           Where does the KL of vBoN to best-of-N come from?
     sizes         Does the learning rate's rule hold for larger models?
@@ -25,7 +24,7 @@ from torch import Tensor
 
 import train
 import vbon
-from experiments import gap, overoptimisation, savings, summary, temperature, theory
+from experiments import gap, overoptimisation, summary, temperature, theory
 from experiments.compare import Entry, find_entry, get_policy
 from model import add_adapters
 from support import options, report
@@ -33,8 +32,7 @@ from support.files import UnusableInput
 from support.inputs import Inputs, read_inputs
 from support.settings import change, choose_settings
 
-STUDIES = ("aims", "scale", "bound", "m", "fault", "savings", "temperature", "gap",
-           "sizes")
+STUDIES = ("aims", "scale", "bound", "m", "fault", "temperature", "gap", "sizes")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,8 +76,6 @@ def study(name: str, n: int, seed: int, out: Path, world: train.World | None,
         study_m(out / "m.png", n)
     elif name == "fault":
         overoptimisation.study(out / "fault.png")
-    elif name == "savings":
-        savings.study(world, seed, out / "savings.png")
     elif name == "temperature":
         models = {"reference": world.reference}
         for method in ("vbon", "kl-rl", "bon-sft"):
@@ -88,15 +84,15 @@ def study(name: str, n: int, seed: int, out: Path, world: train.World | None,
             models[method] = tuned["policy"]
         temperature.study(world, models, seed, settings.samples.k_eval)
     else:
-        _, evaluated = get_policy(cache, world, Entry("vbon", None, {}), n, settings, seed)
+        _, evaluated = get_policy(cache, world, Entry("vbon", None, {}, "vbon"), n, settings, seed)
         gap.study(evaluated, world.held_out.reward, n)
 
 
 def study_aims(refs: Tensor, n: int, seed: int, cache: Path) -> None:
-    """Print what the aim of each method attains, alone and decoded by best-of-n and worst-of-n."""
+    """Print what the aim of each method attains, alone and decoded by best-of-n."""
     groups = {}
     print("\nWhat do the methods aim at?")
-    for method in ("vbon", "bonbon", *theory.WITH_BETA):
+    for method in ("vbon", *theory.WITH_BETA):
         try:
             aim = find_entry(cache, method, refs, n, seed).aim
             groups[n, method] = [{f"aim_{name}": x for name, x in aim.items()}]
@@ -119,8 +115,7 @@ def study_scale(world: train.World, n: int, beta: float) -> None:
         "the top 3 % raised by 20": lambda r: r + 20 * (r > top),
     }
     print(f"\nHow does the scale of the reward matter?\n\n"
-          f"{'largest change of a log target':31}{'vBoN':>8}{'KL-RL':>8}"
-          f"{f'optimum of KL-RL, beta={beta:g}: win':>36}{'KL':>8}")
+          f"{'largest change of a log target':31}{'vBoN':>8}{f'KL-RL, beta={beta:g}':>20}")
     for name, transform in transforms.items():
         before = vbon.bon_target(ref_logprob, reward, refs, n)
         after = vbon.bon_target(ref_logprob, transform(reward), transform(refs), n)
@@ -128,11 +123,7 @@ def study_scale(world: train.World, n: int, beta: float) -> None:
         # KL-RL's target is known up to a constant for each prompt
         change = (transform(reward) - reward) / beta
         change = (change - change.mean(1, keepdim=True)).abs().max().item()
-        optimum = theory.attained((transform(refs) / beta).softmax(-1), refs)
-        cells = f"{'too few effective samples':>44}"
-        if optimum["ess"] >= theory.MIN_SIZE:
-            cells = f"{optimum['win_rate']:36.3f}{optimum['kl_ref']:8.3f}"
-        print(f"  {name:29}{vbon_change:8.3g}{change:8.3g}{cells}")
+        print(f"  {name:29}{vbon_change:8.3g}{change:20.3g}")
 
 
 EDGES = (0, -8, -12, -16, -20, -math.inf)               # of log π_ref(y), in nats
@@ -156,12 +147,12 @@ def study_bound(world: train.World, n: int) -> None:
 MS = (16, 32, 64, 128, 256, 512)
 
 
-def error_of_cdf(m: int, n: int, repeats: int = 2000) -> tuple[float, float, float, float]:
+def error_of_cdf(m: int, n: int, repeats: int = 2000) -> tuple[float, float, float]:
     """Return the error of F from M reference rewards; it is the same for every continuous reward.
 
     So we take a reward that is its own CDF: uniform on [0, 1]. Returns the root mean square error
-    of log F at responses of the reference; the mean and the 95 % quantile of the largest error of F
-    at any reward; and the win rate of the target (7): a policy learns from the mean of log F.
+    of log F at responses of the reference; the 95 % quantile of the largest error of F at any
+    reward; and the win rate of the target (7): a policy learns from the mean of log F.
     """
     generator = torch.Generator().manual_seed(m)
     refs = torch.rand(repeats, m, generator=generator).double()
@@ -176,7 +167,7 @@ def error_of_cdf(m: int, n: int, repeats: int = 2000) -> tuple[float, float, flo
     at = vbon.empirical_cdf(steps, refs)
     above = at + 1 / (m + 1)
     largest = torch.maximum((at - steps).abs(), (above - steps).abs()).amax(-1)
-    return rmse, largest.mean().item(), largest.quantile(0.95).item(), wins.item()
+    return rmse, largest.quantile(0.95).item(), wins.item()
 
 
 def study_m(path: Path, n: int) -> None:
@@ -184,25 +175,21 @@ def study_m(path: Path, n: int) -> None:
     errors = [error_of_cdf(m, n) for m in MS]
     # the Dvoretzky-Kiefer-Wolfowitz inequality bounds the 95 % quantile
     bounds = [math.sqrt(math.log(2 / 0.05) / (2 * m)) for m in MS]
-    print(f"\nHow does M matter?\n\n{'M':>5}{'RMSE of':>10}{'largest error of F':>24}"
+    print(f"\nHow does M matter?\n\n{'M':>5}{'RMSE of':>10}{'largest error':>16}"
           f"{'bound':>8}{'win rate of the':>18}\n"
-          f"{'':5}{'log F':>10}{'mean':>14}{'95 %':>10}{'(DKW)':>8}{f'target, N = {n}':>18}")
-    for m, (rmse, mean, largest, wins), bound in zip(MS, errors, bounds):
-        print(f"{m:5}{rmse:10.3f}{mean:14.3f}{largest:10.3f}{bound:8.3f}{wins:18.3f}")
-    rmses, means, quantiles, _ = zip(*errors)
-    with report.figure(path, 2, (9, 3.6)) as (left, right):
-        left.loglog(MS, bounds, "k:", label="bound of the 95 % (DKW)")
-        left.loglog(MS, quantiles, "o-", label="95 % quantile")
-        left.loglog(MS, means, "s-", label="mean")
-        left.set(title="Largest error of F, over all rewards")
-        left.legend(frameon=False, fontsize=9)
-        right.loglog(MS, rmses, "o-")
-        right.set(title="Root mean square error of log F")
-        for axes, ticks in ((left, (0.04, 0.1, 0.2, 0.4)), (right, (0.1, 0.2, 0.4))):
-            axes.set(xlabel="M, reference samples for each prompt")
-            axes.minorticks_off()
-            axes.set_xticks(MS, MS)
-            axes.set_yticks(ticks, ticks)
+          f"{'':5}{'log F':>10}{'of F, 95 %':>16}{'(DKW)':>8}{f'target, N = {n}':>18}")
+    for m, (rmse, largest, wins), bound in zip(MS, errors, bounds):
+        print(f"{m:5}{rmse:10.3f}{largest:16.3f}{bound:8.3f}{wins:18.3f}")
+    rmses, quantiles, _ = zip(*errors)
+    with report.figure(path, 1, (5, 3.6)) as (axes,):
+        axes.loglog(MS, bounds, "k:", label="its bound (DKW)")
+        axes.loglog(MS, quantiles, "o-", label="largest error of F, 95 % quantile")
+        axes.loglog(MS, rmses, "s-", label="root mean square error of log F")
+        axes.set(xlabel="M, reference samples for each prompt", title="Errors of F")
+        axes.minorticks_off()
+        axes.set_xticks(MS, MS)
+        axes.set_yticks((0.05, 0.1, 0.2, 0.4), (0.05, 0.1, 0.2, 0.4))
+        axes.legend(frameon=False, fontsize=9)
 
 
 SIZES = ((2, 64), (2, 128), (4, 128))                   # layers, width
@@ -217,7 +204,7 @@ def study_sizes(inputs: Inputs, settings: train.Settings, n: int, seed: int, cac
     for layers, width in SIZES:
         size = change(settings, layers=layers, width=width, heads=width // 32)
         world = train.prepare(inputs, size, cache, seed)
-        tuned, evaluated = get_policy(cache, world, Entry("vbon", None, {}), n, size, seed)
+        tuned, evaluated = get_policy(cache, world, Entry("vbon", None, {}, "vbon"), n, size, seed)
         row = train.policy_row("vbon", world, evaluated, n, tuned["seconds"])
         # fine-tuning trains the parameters of the adapters
         trained = add_adapters(copy.deepcopy(world.reference), size.tuning.rank, torch.Generator())

@@ -14,14 +14,14 @@ NAMES = {"ref": "reference", "bon": "best of {n}", "soft-bon": "soft best of {n}
          "max-at-k-win": "max@{n} of win rate", "infalign": "InfAlign", "bon-sft": "BoN-SFT",
          "bond": "BOND's Jeffreys", "bonbon": "BoNBoN"}
 
-Groups = dict[tuple[int, str], list[dict]]               # (n, method) -> rows, one a seed
+Groups = dict[tuple[int, str], list[dict]]               # (n, label) -> rows, one a seed
 
 
 def over_seeds(rows: list[dict]) -> Groups:
-    """Group rows that differ only in their seed."""
+    """Group rows that differ only in their seed, by N and label."""
     groups = {}
     for row in rows:
-        groups.setdefault((row["n"], row["method"]), []).append(row)
+        groups.setdefault((row["n"], row["label"]), []).append(row)
     return groups
 
 
@@ -42,9 +42,18 @@ def mean_and_spread(rows: list[dict], name: str) -> tuple[float, float] | None:
     return mean, spread
 
 
-def title(method: str, n: int | str) -> str:
+def title(label: str, n: int | str) -> str:
     """Return the name of a method in tables and pictures."""
-    return NAMES.get(method, method).format(n=n)
+    return NAMES.get(label, label).format(n=n)
+
+
+def cells(rows: list[dict], columns: dict[str, int]) -> str:
+    """Return the means and errors of these columns, each with its width."""
+    line = ""
+    for name, width in columns.items():
+        found = mean_and_spread(rows, name)
+        line += ("" if found is None else f"{found[0]:.3f} ±{found[1]:.3f}").rjust(width)
+    return line
 
 
 def print_table(groups: Groups, pool: Tensor) -> None:
@@ -56,10 +65,10 @@ def print_table(groups: Groups, pool: Tensor) -> None:
           f"{'below highest':>15}{'best of N of it':>16}{'samples':>8}  beta")
     seeds = max(len(rows) for rows in groups.values())
     for n in sorted({n for n, _ in groups}):
-        for (at, method), rows in groups.items():
+        for (at, label), rows in groups.items():
             if at != n:
                 continue
-            line = f"{title(method, n):20}" + cells(rows, columns)
+            line = f"{title(label, n):20}" + cells(rows, columns)
             line += f"{mean_and_spread(rows, 'samples_per_answer')[0]:8.3g}"
             if rows[0]["beta"] is not None:
                 line += f"  {mean_and_spread(rows, 'beta')[0]:.3g}"
@@ -77,38 +86,29 @@ def print_table(groups: Groups, pool: Tensor) -> None:
           "updates, not the same work.")
 
 
-AIMS = {"win_rate": 11, "kl_ref": 11, "kl_bon": 11, "below_win_rate": 15, "decoded_win_rate": 16,
-        "worst_win_rate": 17}
-
-
 def print_aims(groups: Groups) -> None:
     """Print what each method aims at: aim_win_rate, aim_kl_ref, ... of its rows."""
+    columns = {"win_rate": 11, "kl_ref": 11, "kl_bon": 11, "below_win_rate": 15,
+               "decoded_win_rate": 16}
     print(f"\n{'the aim of':20}{'win rate':>11}{'KL to ref':>11}{'KL to BoN':>11}"
-          f"{'below highest':>15}{'best of N of it':>16}{'worst of N of it':>17}")
-    for (n, method), rows in groups.items():
-        line = ""
-        for name, width in AIMS.items():
-            found = mean_and_spread(rows, f"aim_{name}")
-            line += ("" if found is None else f"{found[0]:.3f}").rjust(width)
-        if line.strip():
-            print(f"{title(method, n):20}{line}  N = {n}")
-
-
-def cells(rows: list[dict], columns: dict[str, int]) -> str:
-    """Return the means and errors of these columns, each with its width."""
-    line = ""
-    for name, width in columns.items():
-        found = mean_and_spread(rows, name)
-        line += ("" if found is None else f"{found[0]:.3f} ±{found[1]:.3f}").rjust(width)
-    return line
+          f"{'below highest':>15}{'best of N of it':>16}")
+    for (n, label), rows in groups.items():
+        if mean_and_spread(rows, "aim_win_rate") is None:
+            continue                                    # too few effective samples
+        line = f"{title(label, n):20}"
+        for name, width in columns.items():
+            line += f"{mean_and_spread(rows, f'aim_{name}')[0]:{width}.3f}"
+        print(f"{line}  N = {n}")
 
 
 STRIPS = (("kl_bon", "KL to best-of-N", "nats per response"),
           ("below_win_rate", "Win rate below the highest at its KL", "win rate"),
           ("decoded_win_rate", "Win rate if decoded by best-of-N", "win rate"))
-COLORS = {"bon": "tab:blue", "vbon": "tab:red", "kl-rl": "tab:green"}
-OWN_COLORS = ("tab:purple", "tab:orange", "tab:cyan", "tab:pink")       # of methods of your own
 MARKERS = "osD^v"                                       # of the first N, the second, ...
+# those of best-of-N and KL-RL are hollow in the plane, since others may lie on them
+SYMBOLS = {"ref": ("s", "black", 7), "bon": ("o", "tab:blue", 15), "vbon": ("D", "tab:red", 7),
+           "kl-rl": ("v", "tab:green", 12)}
+OTHERS = ("", "0.4", 0)                                 # grey, not in the plane
 
 
 def plot_results(path: Path, groups: Groups, pool: Tensor) -> None:
@@ -128,33 +128,26 @@ def plot_results(path: Path, groups: Groups, pool: Tensor) -> None:
 def in_order(groups: Groups) -> list[str]:
     """Return the methods, the nearest to best-of-N first (at the largest N)."""
     distance = {}
-    for n, method in sorted(groups):
-        if method != "ref":
-            distance[method], _ = mean_and_spread(groups[n, method], "kl_bon")
+    for n, label in sorted(groups):
+        if label != "ref":
+            distance[label], _ = mean_and_spread(groups[n, label], "kl_bon")
     return sorted(distance, key=distance.get)
-
-
-def color_of(method: str, lines: list[str]) -> str:
-    """Return a color for a few methods and those of your own; others are grey, in black words."""
-    own = sorted(set(lines) - set(NAMES))
-    if method in own:
-        return OWN_COLORS[own.index(method) % len(OWN_COLORS)]
-    return COLORS.get(method, "0.4")
 
 
 def plot_strip(axes, groups: Groups, lines: list[str], quantity: tuple[str, str, str]) -> None:
     """Plot one quantity of each method, measured and aimed at, for each N."""
     column, heading, unit = quantity
     ns = sorted({n for n, _ in groups})
-    for (n, method), rows in groups.items():
+    for (n, label), rows in groups.items():
         measured = mean_and_spread(rows, column)
-        if method == "ref" or measured is None:
+        if label == "ref" or measured is None:
             continue
         # several N a little below each other
         i = ns.index(n)
-        height = lines.index(method) + 0.7 * (i + 0.5) / len(ns) - 0.35
+        height = lines.index(label) + 0.7 * (i + 0.5) / len(ns) - 0.35
+        _, color, _ = SYMBOLS.get(label, OTHERS)
         axes.errorbar(measured[0], height, xerr=measured[1], fmt=MARKERS[i % len(MARKERS)],
-                      color=color_of(method, lines), ms=6, capsize=3, lw=1.5)
+                      color=color, ms=6, capsize=3, lw=1.5)
         aim = mean_and_spread(rows, f"aim_{column}")
         if aim is not None:
             axes.plot(aim[0], height, "|", color="black", ms=24 / len(ns) ** 0.5, mew=2)
@@ -162,36 +155,29 @@ def plot_strip(axes, groups: Groups, lines: list[str], quantity: tuple[str, str,
     axes.set_xlabel(unit, fontsize=11)
     axes.locator_params(axis="x", nbins=6)
     axes.set_ylim(len(lines) - 0.4, -0.6)               # the first method on top
-    axes.set_yticks(range(len(lines)), [title(method, "N") for method in lines], fontsize=11)
+    axes.set_yticks(range(len(lines)), [title(label, "N") for label in lines], fontsize=11)
     axes.grid(axis="y", lw=0.4)
-
-
-# marker, color and size; those of best-of-N and KL-RL are hollow, since others may lie on them
-PLANE = {"ref": ("s", "black", 7), "bon": ("o", "tab:blue", 15), "vbon": ("D", "tab:red", 7),
-         "kl-rl": ("v", "tab:green", 12)}
 
 
 def plot_plane(axes, groups: Groups, pool: Tensor) -> None:
     """Plot win rate against KL: the curves of theory, best-of-N, vBoN and KL-RL."""
-    reach = 0.1
-    top = 0.6
-    for name, (marker, color, size) in PLANE.items():
-        found = [rows for (_, method), rows in groups.items() if method == name]
+    for name, (marker, color, size) in SYMBOLS.items():
+        found = [rows for rows in groups.values() if rows[0]["method"] == name]
         kls = [mean_and_spread(rows, "kl_ref")[0] for rows in found]
         wins = [mean_and_spread(rows, "win_rate")[0] for rows in found]
         fill = "none" if name in ("bon", "kl-rl") else color
         axes.plot(kls, wins, marker, color=color, ms=size, mfc=fill, mew=1.5,
                   label=title(name, "N"))
-        reach = max(reach, 1.3 * max(kls, default=0))
-        top = max(top, max(wins, default=0) + 0.1)
     kls, wins = zip(*[bon_attains(pool, n) for n in range(1, 33)])
     axes.plot(kls, wins, ".", color="tab:blue", label="best of 1, 2, 3, ..., in theory")
     tilts = [theory.aim_weights("highest", 1, 10 / 1.1 ** i, pool) for i in range(60)]
     highest = [theory.attained(weight, pool) for weight in tilts]
     axes.plot([point["kl_ref"] for point in highest], [point["win_rate"] for point in highest],
               color="black", lw=1, label="highest win rate at a KL")
+    # the curves go on
+    reach = 1.3 * max(mean_and_spread(rows, "kl_ref")[0] for rows in groups.values())
+    axes.set_xlim(-0.05 * reach, reach)
     axes.set_title("Win rate and KL to the reference", fontsize=13)
     axes.set_xlabel("KL to the reference, nats per response", fontsize=11)
     axes.set_ylabel("win rate over the reference", fontsize=11)
-    axes.set(xlim=(-0.05 * reach, reach), ylim=(0.45, top))
     axes.legend(frameon=False, loc="lower right", fontsize=10)

@@ -20,10 +20,31 @@ from torch import Tensor
 
 import vbon
 from support.files import UnusableInput
-from support.statistics import bon_attains, share_of_sets
+from support.statistics import share_of_sets
 
 MIN_SIZE = 16                           # effective samples below which no estimate is shown
 CODE = ("experiments.theory", "support.statistics", "vbon")     # computes the aims; for `keep`
+
+
+def bon_theory(n: int) -> tuple[float, float]:
+    """Return what best-of-n attains with a continuous reward: KL to the reference, and win rate.
+
+    log n - (n-1)/n nats, and n/(n+1). Raises ValueError for an n that is no integer >= 1.
+    """
+    if type(n) is not int or n < 1:
+        raise ValueError(f"want an integer n >= 1, got {n!r}")
+    return math.log(n) - (n - 1) / n, n / (n + 1)
+
+
+def cdf_interval(reward: Tensor, ref_rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """Return F_lt and F_le, each (P, K), if y is counted as one more reference response.
+
+    (P, K), (P, M): #less / (M+1), and (#less + #equal + 1) / (M+1), an estimate beside (7). The
+    reward 2 among 1, 2, 2, 3 has 1/5 and 4/5.
+    """
+    less, equal = vbon.count_less_and_equal(reward, ref_rewards)
+    m = ref_rewards.shape[1]
+    return less / (m + 1), (less + equal + 1) / (m + 1)
 
 
 def winner_weights(rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P, M)
@@ -87,18 +108,15 @@ def highest_win_rate(kl: float, ref_rewards: Tensor) -> float | None:
     return found["win_rate"] if found["ess"] >= MIN_SIZE else None
 
 
-def decoded_win_rate(reward: Tensor, ref_rewards: Tensor, n: int, own_n: int | None = None
-                     ) -> Tensor | None:
-    """Return how often the best of own_n (default: n) responses of a policy beats the best of n of
-    the reference.
+def decoded_win_rate(reward: Tensor, ref_rewards: Tensor, n: int) -> Tensor | None:
+    """Return how often the best of n responses of a policy beats the best of n of the reference.
 
     (P, K), (P, M) -> (P,). Unbiased: a mean over all sets of different responses on both sides; a
     tie counts half. None if there are fewer responses.
     """
-    own_n = own_n or n
-    if n > ref_rewards.shape[1] or own_n > reward.shape[1]:
+    if n > ref_rewards.shape[1] or n > reward.shape[1]:
         return None
-    return (winner_weights(reward, own_n) * wins_over_best(reward, ref_rewards, n)).sum(-1)
+    return (winner_weights(reward, n) * wins_over_best(reward, ref_rewards, n)).sum(-1)
 
 
 def wins_over_best(reward: Tensor, ref_rewards: Tensor, n: int) -> Tensor:
@@ -111,19 +129,14 @@ def wins_over_best(reward: Tensor, ref_rewards: Tensor, n: int) -> Tensor:
     return (share_of_sets(less, n, m) + share_of_sets(less + equal, n, m)) / 2
 
 
-def decoded_win_rate_of(weight: Tensor, ref_rewards: Tensor, n: int, worst: bool = False
-                        ) -> float:  # (P, M), (P, M)
-    """Return the same for known weights of the M responses, as a mean over prompts; or, if `worst`,
-    how often the worst of n beats the worst of n."""
-    rewards = ref_rewards.cpu().double()
-    if worst:
-        return 1 - decoded_win_rate_of(weight, -rewards, n)
-    below, at_most = cdf(weight, rewards)
+def decoded_win_rate_of(weight: Tensor, ref_rewards: Tensor, n: int) -> float:
+    """Return the same for known weights (P, M) of the M responses, as a mean over prompts."""
+    below, at_most = cdf(weight, ref_rewards)
     # the probability of being the best of n: (4), as a sum of products
     total = torch.zeros_like(weight)
     for j in range(n):
         total += at_most ** (n - 1 - j) * below ** j
-    return (weight * total * power_of_cdf(rewards, n)).sum(-1).mean().item()
+    return (weight * total * power_of_cdf(ref_rewards, n)).sum(-1).mean().item()
 
 
 def power_of_cdf(rewards: Tensor, n: int) -> Tensor:  # (P, M) -> (P, M)
@@ -150,39 +163,29 @@ WITH_BETA = ("kl-rl", "infalign-ctrl", *FIXED_POINTS, "pessimism")
 TILTS = ("kl-rl", "infalign-ctrl", "highest")           # by exp(value / β), in one step
 
 
-def find_aim(method: str, n: int, ref_rewards: Tensor) -> dict:
+def find_aim(method: str, n: int, ref_rewards: Tensor, beta: float | None = None) -> dict:
     """Return β (None for a method without it) and what the method aims at; a stage for `keep`.
 
-    As `aim_of_weights`. Raises UnusableInput as `find_beta`.
+    win_rate, kl_ref and ess, as `attained`; kl_bon, the KL to best-of-n; below_win_rate, how far it
+    is below the highest win rate at its KL; decoded_win_rate, if decoded by best-of-n. None of them
+    if they are unknown, as BoNBoN's, or of too few effective samples. A β that is not given is
+    found. Raises UnusableInput as `find_beta`.
     """
-    beta = None
-    if method in WITH_BETA:
+    if beta is None and method in WITH_BETA:
         beta = find_beta(ref_rewards, n, method)
-    found = aim_of_weights(aim_weights(method, n, beta, ref_rewards), n, ref_rewards)
-    if method in AT_BON and found:
-        # with weights, a response competes with itself; here it does not
-        _, wins = bon_attains(ref_rewards, n)
-        found["below_win_rate"] += found["win_rate"] - wins
-        found["win_rate"] = wins
-    return {"beta": beta} | found
-
-
-def aim_of_weights(weight: Tensor, n: int, ref_rewards: Tensor) -> dict[str, float]:
-    """Return what an aim with these weights (P, M) attains; nothing if it has too few effective
-    samples.
-
-    As `attained`; kl_bon, its KL to best-of-n; below_win_rate, how far it is below the highest win
-    rate at its KL; decoded_win_rate and worst_win_rate, if decoded by best-of-n or worst-of-n.
-    """
+    if method == "bonbon":
+        return {"beta": beta}
+    weight = aim_weights(method, n, beta, ref_rewards)
     found = attained(weight, ref_rewards)
     highest = highest_win_rate(found["kl_ref"], ref_rewards)
     if found["ess"] < MIN_SIZE or highest is None:
-        return {}
-    kl_bon = torch.xlogy(weight, weight) - torch.xlogy(weight, bon_weights(n, ref_rewards))
-    return found | {"kl_bon": kl_bon.sum(-1).mean().item(),
-                    "below_win_rate": highest - found["win_rate"],
-                    "decoded_win_rate": decoded_win_rate_of(weight, ref_rewards, n),
-                    "worst_win_rate": decoded_win_rate_of(weight, ref_rewards, n, worst=True)}
+        return {"beta": beta}
+    bon = bon_weights(n, ref_rewards)
+    kl_bon = (torch.xlogy(weight, weight) - torch.xlogy(weight, bon)).sum(-1)
+    found["kl_bon"] = kl_bon.mean().item()
+    found["below_win_rate"] = highest - found["win_rate"]
+    found["decoded_win_rate"] = decoded_win_rate_of(weight, ref_rewards, n)
+    return {"beta": beta} | found
 
 
 def find_beta(ref_rewards: Tensor, n: int, method: str) -> float:  # (P, M)
@@ -231,8 +234,6 @@ def aim_weights(method: str, n: int, beta: float | None, ref_rewards: Tensor) ->
         return bon_weights(n, rewards)
     if method == "bound":
         return ((n - 1) * vbon.empirical_cdf(rewards, rewards).log()).softmax(-1)
-    if method == "bonbon":
-        return bonbon_weights(n, rewards)
     values = method_values(method, n, rewards, rewards)
     if method == "infalign":
         # here the M responses are all there are, so F is known
@@ -300,60 +301,3 @@ def pessimism_threshold(values: Tensor, beta: float) -> Tensor:  # (P, M) -> (P,
     threshold = (ordered.cumsum(-1) - beta * values.shape[1]) / count
     above = (ordered > threshold).sum(-1, keepdim=True)
     return threshold.gather(-1, above - 1)
-
-
-BONBON_ALPHA = 0.005                    # the share of the likelihood of winners in its loss
-
-
-def bonbon_margin(n: int) -> float:
-    """Return c = (n-1) · Σ_{k<n} 1/k: the mean over best and worst of n responses of the difference
-    of log(π_bon / π_ref)."""
-    return (n - 1) * sum(1 / k for k in range(1, n))
-
-
-def bonbon_weights(n: int, ref_rewards: Tensor) -> Tensor:  # (P, M)
-    """Return the optimum of BoNBoN's loss, prompt by prompt, by Newton's method: it is convex."""
-    weights = []
-    for rewards in ref_rewards.cpu().double():
-        pairs = best_and_worst(n, rewards)              # (M, M)
-        winners = pairs.sum(1)
-        m = len(rewards)
-        log_weight = torch.zeros(m).double()
-        # the squared differences: Σ pairs_ij (h_i - h_j - c)²
-        both = pairs + pairs.T
-        curvature = 2 * (1 - BONBON_ALPHA) * (both.sum(1).diag() - both)
-        push = 2 * (1 - BONBON_ALPHA) * bonbon_margin(n) * (pairs.sum(1) - pairs.sum(0))
-        for _ in range(100):
-            p = log_weight.softmax(-1)
-            gradient = BONBON_ALPHA * (p - winners) + curvature @ log_weight - push
-            hessian = BONBON_ALPHA * (p.diag() - torch.outer(p, p)) + curvature
-            # the loss does not depend on the sum: fix it
-            step = torch.linalg.solve(hessian + 1 / m, gradient)
-            log_weight = log_weight - step / max(1.0, step.abs().max().item())
-            if step.abs().max() < 1e-11:
-                break
-        weights.append(log_weight.softmax(-1))
-    return torch.stack(weights)
-
-
-def best_and_worst(n: int, rewards: Tensor) -> Tensor:  # (M,) -> (M, M)
-    """Return the probability that y_i is the best and y_j the worst of n responses.
-
-    Each of the n is one of the M with equal probability. Ties are broken at random; of n responses
-    with the same reward, the best and the worst are two of them.
-    """
-    less, equal = vbon.count_less_and_equal(rewards[None], rewards[None])
-    m = len(rewards)
-    below = less[0] / m
-    at_most = below + equal[0] / m
-    # all n are in the levels from j to i, but not all above j, and not all below i
-    chance = all_between(at_most, below, n) - all_between(at_most, at_most, n)
-    chance = chance - all_between(below, below, n) + all_between(below, at_most, n)
-    pairs = chance / (equal[0][:, None] * equal[0][None, :])
-    # where y_j is better than y_i, there is no such pair
-    return torch.where(rewards[:, None] >= rewards[None, :], pairs, 0.0)
-
-
-def all_between(high: Tensor, low: Tensor, n: int) -> Tensor:  # (M,), (M,) -> (M, M)
-    """Return the probability that all n are above the share low_j and below the share high_i."""
-    return (high[:, None] - low[None, :]).clamp(min=0) ** n
