@@ -103,7 +103,8 @@ TEMPLATE = {"type": "TemplateProcessing", "single": [SEQUENCE], "pair": [], "spe
 PADDING = {"strategy": "BatchLongest", "direction": "Left", "pad_to_multiple_of": None,
            "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}
 SPLIT, BYTES_ONLY = WORDS["vbon"]["pretokenizers"]
-ADDED = {"id": 259, "content": END, "special": True}
+ADDED = {"id": 259, "content": END, "special": True, "normalized": True, "single_word": False,
+         "lstrip": False, "rstrip": False}
 # Changes of a folder that we saved: the file and the place in it; the values there that change no
 # id of a text, which other programs write; and the values that are refused. None removes the place.
 FOREIGN = {
@@ -126,8 +127,7 @@ FOREIGN = {
         [SPLIT | {"pattern": {"Regex": "x"}}, BYTES_ONLY]]),
     "tokenizer.post_processor": ([TEMPLATE, BYTE_LEVEL | {"add_prefix_space": True}], [
         TEMPLATE | {"special_tokens": {"[CLS]": {}}}, {"type": "BertProcessing"}]),
-    "tokenizer.added_tokens": ([[ADDED | {"normalized": True}]], [
-        None, [], [ADDED, {"content": "!"}], [ADDED, {"content": "the"}]]),
+    "tokenizer.added_tokens": ([[ADDED]], [None, [], [ADDED, {"content": "!"}]]),
     "tokenizer_config.added_tokens_decoder": ([{"259": {"content": END}}],
                                               [{"258": {"content": "the"}}, 3]),
     "tokenizer_config.pad_token": ([None], ["!"]),
