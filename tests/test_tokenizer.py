@@ -105,6 +105,17 @@ PADDING = {"strategy": "BatchLongest", "direction": "Left", "pad_to_multiple_of"
 SPLIT, BYTES_ONLY = WORDS["vbon"]["pretokenizers"]
 ADDED = {"id": 259, "content": END, "special": True, "normalized": True, "single_word": False,
          "lstrip": False, "rstrip": False}
+
+
+def test_a_saved_tokenizer_says_what_versions_of_transformers_take_for_granted(tmp_path):
+    save_tokenizer(make_encoding(SMALL), tmp_path)
+    assert read(tmp_path / "tokenizer.json")["added_tokens"] == [ADDED | {"normalized": False}]
+    settings = read(tmp_path / "tokenizer_config.json")
+    assert settings == settings | {
+        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+        "padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
+
+
 # Changes of a folder that we saved: the file and the place in it; the values there that change no
 # id of a text, which other programs write; and the values that are refused. None removes the place.
 FOREIGN = {

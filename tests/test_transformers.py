@@ -73,13 +73,9 @@ def test_transformers_loads_what_a_run_leaves(name, finished_run):
     assert tokenizer.model_max_length == theirs.config.n_positions == 28
 
 
-def test_texts_come_back_and_prompts_are_padded_on_the_left(finished_run):
+def test_prompts_are_padded_on_the_left(finished_run):
     tokenizer, _ = load_both(finished_run / POLICY)
-    text = "there 's space before this , and that ."
-    assert tokenizer.decode(tokenizer.encode(text)) == text
     batch = tokenizer(["i", PROMPT], padding=True)
-    # GPT-2 would add an embedding for each token type
-    assert set(batch) == {"input_ids", "attention_mask"}
     assert batch["attention_mask"] == [[0, 0, 1], [1, 1, 1]]
     assert batch["input_ids"][0][-1:] == tokenizer.encode("i")
 
