@@ -6,17 +6,16 @@ import torch
 from running import run
 from test_tokenizer import CASES, ODD, TEXTS, write_foreign
 
-from model import GPT, response_mask
-from support import results
+from model import response_mask
 from support.huggingface import load_model
-from support.tokenizer import (make_encoding, pretrained_encoding, save_tokenizer,
-                               train_tokenizer)
+from support.tokenizer import make_encoding, pretrained_encoding, save_tokenizer, train_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="needs the transformers library")
 
 LETTERS = [chr(i) for i in [*range(32, 127), 9, 10, 13, 0xa0, 0xe9, 0x2019, 0x20ac, 0x4e2d, 0x1f600,
                             0x661, 0x300, 0x2028]]
 PROMPT = "i watched this"
+POLICY = "out/policy-n2-seed0"
 
 
 def load_both(folder):
@@ -57,14 +56,12 @@ def test_transformers_reads_a_foreign_tokenizer_as_we_do(tmp_path, place, value)
     assert_same_ids(tmp_path, ODD)
 
 
-@pytest.mark.parametrize("name", ["policy-n2-seed0", "reference-seed0"])
+@pytest.mark.parametrize("name", [POLICY, "out/reference-seed0"])
 def test_transformers_loads_what_a_run_leaves(name, finished_run):
-    folder = finished_run / "out" / name
-    tokenizer, theirs = load_both(folder)
-    ours = load_model(folder)
-    assert_same_ids(folder, ODD)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, ours.eot + 1, (8, 20), generator=generator)
+    tokenizer, theirs = load_both(finished_run / name)
+    ours = load_model(finished_run / name)
+    assert_same_ids(finished_run / name, ODD)
+    tokens = torch.randint(0, ours.eot + 1, (8, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = ours(tokens)
         difference = theirs(tokens).logits - wanted
@@ -76,42 +73,11 @@ def test_transformers_loads_what_a_run_leaves(name, finished_run):
     assert tokenizer.model_max_length == theirs.config.n_positions == 28
 
 
-@pytest.fixture(scope="module")
-def varied(tmp_path_factory):
-    """A folder of a model whose responses differ in length, as a run leaves it; ours and theirs."""
-    folder = tmp_path_factory.mktemp("varied") / "policy"
-    encoding = train_tokenizer(["i watched this film . the end was slow"], 300)
-    ours = GPT(encoding.n_vocab, 28, n_embd=16, n_head=2, tied=False,
-               generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for p in ours.parameters():
-            p *= 20
-        # the first number of the last state is always 1; the head uses it to end more often
-        ours.ln_f.weight[0] = 0
-        ours.ln_f.bias[0] = 1
-        ours.lm_head.weight[-1, 0] = 3
-    row = {name: 0 for name in results.METRICS} | {"prompt_tokens": 4, "length": 24}
-    results.export_model(folder, ours, encoding, row)
-    return ours, *load_both(folder), folder
-
-
-@torch.no_grad()
-def test_a_plain_generate_samples_from_the_models_own_distribution(varied):
-    ours, tokenizer, model, _ = varied
-    prompt = tokenizer([PROMPT] * 4000, return_tensors="pt")
-    # GPT-2 would add an embedding for each token type
-    assert set(prompt) == {"input_ids", "attention_mask"}
-    torch.manual_seed(0)
-    tokens = model.generate(**prompt)
-    start = prompt["input_ids"].shape[1]
-    assert tokens.shape[1] == 28                        # prompt and response have 28 positions
-    g = torch.Generator().manual_seed(1)
-    mine, _ = ours.sample(prompt["input_ids"][:1], 4000, 28 - start, g)
-    both = [statistics(ours, prompt["input_ids"][:1], x) for x in (tokens[None, :, start:], mine)]
-    for one, two in zip(*both):
-        error = ((one.var() + two.var()) / 4000).sqrt()
-        assert abs(one.mean() - two.mean()) < 4 * error
-    assert both[1][1].std() > 3
+def test_prompts_are_padded_on_the_left(finished_run):
+    tokenizer, _ = load_both(finished_run / POLICY)
+    batch = tokenizer(["i", PROMPT], padding=True)
+    assert batch["attention_mask"] == [[0, 0, 1], [1, 1, 1]]
+    assert batch["input_ids"][0][-1:] == tokenizer.encode("i")
 
 
 def statistics(model, prompt, response):
@@ -122,29 +88,25 @@ def statistics(model, prompt, response):
 
 
 @torch.no_grad()
-def test_prompts_of_several_lengths_are_padded_on_the_left(varied):
-    _, tokenizer, model, _ = varied
-    batch = tokenizer(["i", PROMPT], return_tensors="pt", padding=True)
-    assert batch["attention_mask"][0, 0] == 0
-    assert batch["attention_mask"][:, -1].tolist() == [1, 1]
-    output = model.generate(**batch, do_sample=False, max_new_tokens=3)
-    for text, row in zip(["i", PROMPT], output):
-        alone = tokenizer(text, return_tensors="pt")
-        alone = model.generate(**alone, do_sample=False, max_new_tokens=3)[0]
-        wanted = alone[len(tokenizer(text)["input_ids"]):]
-        assert torch.equal(row[batch["input_ids"].shape[1]:][:len(wanted)], wanted)
-
-
-def test_the_pipeline_runs_for_twenty_prompts(varied):
-    pipeline = transformers.pipeline("text-generation", model=str(varied[-1]))
-    for i in range(1, 21):
-        prompt = " ".join(["film"] * i)
-        assert len(pipeline.tokenizer(prompt)["input_ids"]) < 28
-        assert pipeline(prompt)[0]["generated_text"].startswith(prompt)
+def test_a_plain_generate_samples_from_the_models_own_distribution(finished_run):
+    tokenizer, theirs = load_both(finished_run / POLICY)
+    ours = load_model(finished_run / POLICY)
+    torch.manual_seed(0)
+    tokens = theirs.generate(**tokenizer([PROMPT] * 4000, return_tensors="pt"))
+    assert tokens.shape[1] == 28                        # prompt and response have 28 positions
+    prompt = tokens[:1, :3]
+    mine, _ = ours.sample(prompt, 4000, 25, torch.Generator().manual_seed(1))
+    both = [statistics(ours, prompt, x) for x in (tokens[None, :, 3:], mine)]
+    for one, two in zip(*both):
+        error = ((one.var() + two.var()) / 4000).sqrt()
+        assert abs(one.mean() - two.mean()) < 4 * error
+    # a pipeline adds no settings that forbid a long prompt
+    pipeline = transformers.pipeline("text-generation", model=str(finished_run / POLICY))
+    assert pipeline("film " * 12)[0]["generated_text"].startswith("film " * 12)
 
 
 def test_what_transformers_saves_is_a_model_to_start_from(finished_run, tmp_path):
-    first = finished_run / "out" / "policy-n2-seed0"
+    first = finished_run / POLICY
     folder = tmp_path / "theirs"
     tokenizer, model = load_both(first)
     tokenizer([PROMPT, "i"], padding=True)              # the file remembers that
