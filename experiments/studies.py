@@ -1,4 +1,4 @@
-"""studies.py: eight questions about vBoN and its neighbours.
+"""studies.py: nine questions about vBoN and its neighbours.
 
     python -m experiments.studies --n 4                     all of them
     python -m experiments.studies --n 4 --study fault       one of them
@@ -8,6 +8,7 @@
     bound         How far is the bound (3) from the exact form (2)?
     m             How does the number M of reference samples matter?
     fault         What if the reward has a fault?
+    savings       Which decoders save tokens?
     temperature   What does the sampling temperature do?
     gap           Where does the KL of vBoN to best-of-N come from?
     sizes         Does the learning rate's rule hold for larger models?
@@ -24,7 +25,7 @@ from torch import Tensor
 
 import train
 import vbon
-from experiments import gap, overoptimisation, summary, temperature, theory
+from experiments import gap, overoptimisation, savings, summary, temperature, theory
 from experiments.compare import Entry, find_entry, get_policy
 from model import add_adapters
 from support import options, report
@@ -32,7 +33,7 @@ from support.files import UnusableInput
 from support.inputs import Inputs, read_inputs
 from support.settings import change, choose_settings
 
-STUDIES = ("aims", "scale", "bound", "m", "fault", "temperature", "gap", "sizes")
+STUDIES = ("aims", "scale", "bound", "m", "fault", "savings", "temperature", "gap", "sizes")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,6 +77,8 @@ def study(name: str, n: int, seed: int, out: Path, world: train.World | None,
         study_m(out / "m.png", n)
     elif name == "fault":
         overoptimisation.study(out / "fault.png")
+    elif name == "savings":
+        savings.study(world, seed, out / "savings.png")
     elif name == "temperature":
         models = {"reference": world.reference}
         for method in ("vbon", "kl-rl", "bon-sft"):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import vbon
-from experiments import decoders, methods, theory
-from experiments.test_experiments import best_of
+from experiments import decoders, methods, savings, theory
+from experiments.test_experiments import best_of, tiny_world, world_reward
 from support.statistics import bon_attains
 
 torch.set_num_threads(1)
@@ -182,3 +182,50 @@ def test_pessimism_takes_the_first_that_is_accepted():
     often = torch.tensor([[0.25, 0.0]]).double().repeat(20_000, 1)
     found = decoders.pessimism_choice(often, torch.Generator().manual_seed(0))
     assert found.double().mean().item() == pytest.approx(0.75, abs=0.015)
+
+# ------------------------------------------------------------------------ decoders that save tokens
+
+EOT = 3
+
+
+def test_speculative_rejection_by_hand():
+    """Reward: the number of zeros. After one token the two with a zero stay, after two the one with
+    two zeros, and it is the answer; the best full text was dropped."""
+    response = torch.tensor([[[0, 1, 1, EOT], [1, 0, 0, 0], [0, 0, 1, 1], [2, EOT, EOT, EOT]]])
+
+    def reward(prompt, y):
+        return (y == 0).sum(-1).double()
+
+    best, tokens = savings.speculative_rejection(None, response, reward, [1, 2], EOT)
+    assert best.tolist() == [2]
+    # 4 first tokens; one more of two responses; two more of the last one
+    assert tokens.tolist() == [4 + 2 + 2]
+    best, tokens = savings.speculative_rejection(None, response, reward, [], EOT)
+    assert best.tolist() == [1]
+    assert tokens.tolist() == [4 + 4 + 4 + 2]
+
+
+def test_a_tree_is_the_law_of_its_definition():
+    """Two roots, the better first token is kept and continued twice: by enumeration."""
+    reference, prompt, strings = tiny_world()
+    with torch.no_grad():
+        chance = reference.logprob(prompt, strings)[0].double().exp()
+    reward = world_reward(prompt, strings)[0]
+    first = strings[0][:, 0]
+    cut = savings.cut_after(strings, 1, EOT)
+    of_first = world_reward(prompt, cut)[0]             # the reward of the first token alone
+    truth = torch.zeros(40).double()
+    for a, b in itertools.product(range(4), repeat=2):
+        pa = chance[first == a].sum()
+        pb = chance[first == b].sum()
+        kept = a if of_first[first == a][0] >= of_first[first == b][0] else b
+        rest = torch.where(first == kept, chance, 0.0)
+        rest = rest / rest.sum()
+        lower = (reward[None, :] < reward[:, None]).double() @ rest
+        truth += pa * pb * ((lower + rest) ** 2 - lower ** 2)
+    best, tokens = savings.tree_bon(reference, prompt.repeat(20_000, 1), world_reward, 2, 2, [1],
+                                     3, torch.Generator().manual_seed(0))
+    same = (best[:, None, :] == strings[0][None]).all(-1).double().mean(0)
+    assert (same - truth).abs().max() < 0.015
+    # a text that has ended costs nothing more
+    assert tokens.min() == 2 and tokens.max() == 6
