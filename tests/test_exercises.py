@@ -64,7 +64,8 @@ CHANGES = [
     # rewards that are not sorted; those of all prompts, of the first one, and for one prompt only
     (3, "empirical_cdf", "less +", "torch.searchsorted(ref_rewards, reward).double() +"),
     (3, "empirical_cdf", "(less + 1) / (m + 1)",
-     "((ref_rewards.flatten() < reward[..., None]).double().sum(-1) + 1) / (ref_rewards.numel() + 1)"),
+     "((ref_rewards.flatten() < reward[..., None]).double().sum(-1) + 1) / "
+     "(ref_rewards.numel() + 1)"),
     (3, "empirical_cdf", "reward, ref_rewards)\n",
      "reward, ref_rewards[:1].expand_as(ref_rewards))\n"),
     (3, "empirical_cdf", "less +", "(ref_rewards < reward[..., None]).double().sum(-1) +"),
