@@ -111,10 +111,9 @@ def test_what_changes_the_process_is_refused_and_undone(tmp_path, name, value):
 
 WORKERS = """
 import multiprocessing
-from neighbour import LETTER
 
 def one(response):
-    return response.count(LETTER) + __file__.endswith({name!r})
+    return response.count("e") + __file__.endswith({name!r})
 
 def reward(prompts, responses):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -131,13 +130,12 @@ for name in sys.argv[1:]:
 
 
 def test_processes_that_a_reward_starts_import_it_under_any_name(tmp_path):
-    paths = [tmp_path / name for name in ("mine.py", "reward.py", "random.py", "my-reward.v2.py")]
+    paths = [tmp_path / name for name in ("reward.py", "random.py", "my-reward.v2.py")]
     for path in paths:
         path.write_text(WORKERS.format(name=path.name), encoding="utf-8")
-    (tmp_path / "neighbour.py").write_text("LETTER = 'e'", encoding="utf-8")
     done = subprocess.run([sys.executable, "-c", START, *paths], cwd=HERE, capture_output=True,
                           text=True)
-    assert done.stdout == "[1.0, 2.0]\n" * 4, done.stderr
+    assert done.stdout == "[1.0, 2.0]\n" * 3, done.stderr
 
 
 def test_texts_arrive_in_pairs_at_most_1024_at_a_time_and_once(tmp_path):
