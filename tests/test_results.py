@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from running import HERE, read_lines, read_rows, run
+from running import read_lines, read_rows, run
 
 import train
 from support import results
@@ -129,18 +129,6 @@ def test_an_own_prompt_gets_three_responses_of_each_of_the_three(copied_run):
     assert run("--n", 2, "--sample", "q" * 27, cwd=copied_run)[0] == 0
     _, _, error = run("--n", 2, "--sample", "q" * 28, cwd=copied_run)
     assert "--sample: want fewer than 28 tokens, got 28" in error
-
-
-def test_responses_to_an_own_prompt_have_the_reward_of_the_run(tmp_path):
-    path = HERE / "experiments" / "rewards" / "length.py"
-    assert run("--quick", "--n", 2, "--reward", path, cwd=tmp_path)[0] == 0
-    _, printed, _ = run("--n", 2, "--sample", "i watched this", cwd=tmp_path)
-    lines = [line for line in printed.split("\n") if line.startswith("  ")]
-    assert len(lines) == 9
-    for line in lines:
-        reward, words = line[14:].split("  ...", 1)
-        assert float(reward) == len(words.split())
-    assert read_settings(tmp_path / POLICY)["given"]["reward"] == str(path)
 
 # ------------------------------------------------------------------------------------- from Python
 

@@ -74,7 +74,8 @@ def choose(n=4, reviews=None, pretrained=None, flags=()):
     """The settings for flags and inputs."""
     args = make_parser("", DEFAULTS).parse_args([str(flag) for flag in flags])
     assert args.out == ("out-quick" if args.quick else "out")
-    return choose_settings(DEFAULTS, args, n, Inputs(torch.device("cpu"), reviews, None, pretrained))
+    inputs = Inputs(torch.device("cpu"), reviews, None, pretrained)
+    return choose_settings(DEFAULTS, args, n, inputs)
 
 
 @pytest.mark.parametrize("field", all_fields(DEFAULTS), ids=lambda field: field.name)
