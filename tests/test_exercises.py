@@ -97,8 +97,6 @@ CHANGES = [
     (6, "bon_logprob_ties", "_log_power(log_lt, j)", "j * log_lt"),
     (6, "bon_logprob_ties", "log_term.logsumexp(0)",
      "((log_le.exp() ** n - log_lt.exp() ** n) / (log_le.exp() - log_lt.exp())).log()"),
-    (6, "bon_target", "bon_logprob_ties(ref_logprob, cdf_lt.log(), cdf_le.log(), n)",
-     "bon_logprob(ref_logprob, empirical_cdf(reward, ref_rewards).log(), n)"),
     (6, "bon_target", TIED_MASS, "(equal + 1) / (m + 1)"),
     (6, "bon_target", TIED_MASS, "equal / (m + 1)"),
     (6, "bon_target", TIED_MASS, "ref_logprob.exp()"),

@@ -1,6 +1,5 @@
 """Kept stages: what an edit repeats, edited files, damaged files, stopped runs."""
 import dataclasses
-import os
 import re
 import shutil
 import subprocess
@@ -91,8 +90,8 @@ EDITS_IN_PYTHON = """
 import importlib, pathlib
 import train, vbon
 
-def edit(old, new, name="vbon.py"):
-    path = pathlib.Path(name)
+def edit(old, new):
+    path = pathlib.Path("vbon.py")
     path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
 
 def says():
@@ -119,9 +118,9 @@ def test_an_edited_file_is_refused_until_the_edit_is_taken_back(tmp_path):
     for name in ("vbon", "model", "reward", "train"):
         shutil.copy(HERE / f"{name}.py", tmp_path)
     shutil.copytree(HERE / "support", tmp_path / "support", ignore=shutil.ignore_patterns("*.pyc"))
-    done = subprocess.run([sys.executable, "-c", EDITS_IN_PYTHON], cwd=tmp_path, text=True,
-                          timeout=120, capture_output=True,
-                          env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    # -B: a file that is edited twice within a second would be loaded as it was
+    done = subprocess.run([sys.executable, "-B", "-c", EDITS_IN_PYTHON], cwd=tmp_path, text=True,
+                          timeout=120, capture_output=True)
     found = re.findall(r"(\w+.py) was edited after its import: restart Python|abacus: want",
                        done.stdout)
     assert found == ["vbon.py", "", "vbon.py", ""], done.stderr

@@ -20,26 +20,16 @@ from support.huggingface import load_model, save_model
 from support.tokenizer import save_tokenizer, train_tokenizer
 
 
-def run_process(folder, *args):
-    """A run in a plain terminal, where each warning is an error."""
+def test_a_process_in_a_plain_terminal_finds_the_same_numbers(tmp_path, finished_run):
+    """Each warning is an error there."""
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
              "PYTHONWARNINGS": "error", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, HERE / "train.py", "--quick", "--n", "2", "--out", "out", *args]
-    return subprocess.run(command, cwd=folder, env=os.environ | plain, text=True, timeout=300,
+    command = [sys.executable, HERE / "train.py", "--quick", "--n", "2", "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | plain, text=True, timeout=300,
                           capture_output=True)
-
-
-def test_a_process_in_a_plain_terminal_finds_the_same_numbers(tmp_path, finished_run):
-    done = run_process(tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.isascii()
     assert read_rows(tmp_path / "out") == read_rows(finished_run / "out")
-
-
-def test_unusable_input_is_status_2_and_one_line(tmp_path):
-    done = run_process(tmp_path, "--device", "abacus")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "train.py: error: --device abacus: want cpu, cuda or mps\n"
 
 
 def test_a_bug_keeps_its_traceback():
