@@ -1,5 +1,6 @@
 """Kept stages: what an edit repeats, edited files, damaged files, stopped runs."""
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
@@ -90,8 +91,8 @@ EDITS_IN_PYTHON = """
 import importlib, pathlib
 import train, vbon
 
-def edit(old, new):
-    path = pathlib.Path("vbon.py")
+def edit(old, new, name="vbon.py"):
+    path = pathlib.Path(name)
     path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
 
 def says():
@@ -112,18 +113,41 @@ says()                                          # refused, the edited code is in
 importlib.reload(vbon)
 says()
 """
+EDITS_IN_IPYTHON = """
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+shell.push({"says": says})
+edit("* (2 * progress", "* (3 * progress", "train.py")
+shell.run_cell("%run train.py --device abacus")  # refused
+edit("* (3 * progress", "* (2 * progress", "train.py")
+shell.run_cell("%run train.py --device abacus")
+shell.run_cell("%load_ext autoreload")
+shell.run_cell("%autoreload 2")
+edit("(less + 1)", "(less + 1.5)")
+shell.run_cell("says()")                        # refused, the file is edited
+edit("(less + 1.5)", "(less + 1)")
+says()                                          # refused, the edited code is in memory
+"""
 
 
-def test_an_edited_file_is_refused_until_the_edit_is_taken_back(tmp_path):
+@pytest.mark.parametrize("program, wanted", [
+    (EDITS_IN_PYTHON, ["vbon.py", "", "vbon.py", ""]),
+    (EDITS_IN_PYTHON + EDITS_IN_IPYTHON,
+     ["vbon.py", "", "vbon.py", "", "train.py", "", "vbon.py", "vbon.py"])],
+    ids=["python", "ipython"])
+def test_an_edited_file_is_refused_until_the_edit_is_taken_back(program, wanted, tmp_path):
+    if "IPython" in program:
+        pytest.importorskip("IPython")
     for name in ("vbon", "model", "reward", "train"):
         shutil.copy(HERE / f"{name}.py", tmp_path)
     shutil.copytree(HERE / "support", tmp_path / "support", ignore=shutil.ignore_patterns("*.pyc"))
-    # -B: a file that is edited twice within a second would be loaded as it was
-    done = subprocess.run([sys.executable, "-B", "-c", EDITS_IN_PYTHON], cwd=tmp_path, text=True,
-                          timeout=120, capture_output=True)
-    found = re.findall(r"(\w+.py) was edited after its import: restart Python|abacus: want",
-                       done.stdout)
-    assert found == ["vbon.py", "", "vbon.py", ""], done.stderr
+    variables = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1",
+                 "IPYTHONDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, text=True, timeout=120,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=os.environ | variables)
+    assert wanted == re.findall(
+        r"(\w+.py) was edited after its import: restart Python|abacus: want", done.stdout)
 
 # ----------------------------------------------------------------- files of the cache, stopped runs
 

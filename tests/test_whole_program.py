@@ -8,6 +8,7 @@ import os
 import string
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -20,16 +21,36 @@ from support.huggingface import load_model, save_model
 from support.tokenizer import save_tokenizer, train_tokenizer
 
 
-def test_a_process_in_a_plain_terminal_finds_the_same_numbers(tmp_path, finished_run):
-    """Each warning is an error there."""
+def start(folder, *args):
+    """A process in a plain terminal, where each warning is an error."""
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
              "PYTHONWARNINGS": "error", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, HERE / "train.py", "--quick", "--n", "2", "--out", "out"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | plain, text=True, timeout=300,
-                          capture_output=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.isascii()
-    assert read_rows(tmp_path / "out") == read_rows(finished_run / "out")
+    command = [sys.executable, HERE / "train.py", "--quick", "--n", "2", *args]
+    return subprocess.Popen(command, cwd=folder, env=os.environ | plain, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_a_killed_run_ends_with_the_same_numbers(tmp_path):
+    args = ("--steps", "20", "--out", "out")
+    killed = start(tmp_path, *args)
+    while killed.poll() is None and not list(tmp_path.glob("out/cache/*.checkpoint")):
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() < 0                            # it had not finished
+    again = start(tmp_path, *args)
+    printed, error = again.communicate(timeout=120)
+    assert (again.returncode, error) == (0, "")
+    assert "continuing after step" in printed
+    assert printed.isascii()
+    assert run("--quick", "--n", 2, "--steps", 20, "--out", "whole", cwd=tmp_path)[0] == 0
+    assert read_rows(tmp_path / "out") == read_rows(tmp_path / "whole")
+
+
+def test_unusable_input_is_status_2_and_one_line(tmp_path):
+    done = start(tmp_path, "--device", "abacus")
+    printed, error = done.communicate(timeout=120)
+    assert (done.returncode, printed) == (2, "")
+    assert error == "train.py: error: --device abacus: want cpu, cuda or mps\n"
 
 
 def test_a_bug_keeps_its_traceback():
