@@ -75,6 +75,8 @@ CHANGES = [
     (4, "leave_one_out", "score.sum(-1, keepdim=True) - score", "score.sum(-1, keepdim=True)"),
     (4, "leave_one_out", "/ (score.shape[1] - 1)", "/ score.shape[1]"),
     (4, "leave_one_out", "score.sum(-1, keepdim=True)", "score.sum(0, keepdim=True)"),
+    (4, "reverse_kl_loss", "score - leave_one_out(score)", "score"),
+    (4, "reverse_kl_loss", "score - leave_one_out(score)", "score + leave_one_out(score)"),
     (4, "reverse_kl_loss", "score - leave_one_out(score)", "score - score.mean(1, keepdim=True)"),
     # unbiased, since responses are independent, but noisy
     (4, "reverse_kl_loss", "leave_one_out(score)", "leave_one_out(log_target - logprob)"),
@@ -98,6 +100,7 @@ CHANGES = [
     (6, "bon_logprob_ties", "log_term.logsumexp(0)",
      "((log_le.exp() ** n - log_lt.exp() ** n) / (log_le.exp() - log_lt.exp())).log()"),
     (6, "bon_target", TIED_MASS, "(equal + 1) / (m + 1)"),
+    (6, "bon_target", TIED_MASS, "equal.clamp(min=1) / (m + 1)"),
     (6, "bon_target", TIED_MASS, "equal / (m + 1)"),
     (6, "bon_target", TIED_MASS, "ref_logprob.exp()"),
     (6, "bon_target", ".clamp(max=1)", ""),
