@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     name = model_args.model_name_or_path
     settings = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     with refused(f"--model_name_or_path {name}"):
-        tokenizer = AutoTokenizer.from_pretrained(name, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **settings)
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation,
             quantization_config=get_quantization_config(model_args), **settings,

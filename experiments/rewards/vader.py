@@ -1,7 +1,4 @@
-"""How friendly a response sounds, by the lexicon VADER (-1 to 1): pip install vaderSentiment
-
-    python -m experiments.with_trl ... --reward experiments/rewards/vader.py
-"""
+"""How friendly a response sounds, by the lexicon VADER (-1 to 1): pip install vaderSentiment."""
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 ANALYZER = SentimentIntensityAnalyzer()
