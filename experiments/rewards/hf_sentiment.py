@@ -3,8 +3,7 @@
     SENTIMENT_MODEL=lvwerra/distilbert-imdb python train.py --n 4 --data DIR --init gpt2 \
         --reward experiments/rewards/hf_sentiment.py
 
-It needs the transformers library. SENTIMENT_MODEL is a folder, or a name on the hub; the last of
-its labels must be the positive one.
+SENTIMENT_MODEL is a folder, or a name on the hub; its last label must be the positive one.
 """
 import os
 
@@ -16,7 +15,7 @@ DEPENDS_ON = NAME                                       # another model gives ot
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(NAME)
 model = AutoModelForSequenceClassification.from_pretrained(NAME).to(DEVICE).eval()
-# a longer text is cut; some tokenizers do not know where
+# longer texts are cut; some tokenizers do not know where
 LONGEST = min(tokenizer.model_max_length, model.config.max_position_embeddings)
 
 

@@ -1,7 +1,4 @@
-"""A reward for with_trl.py: how friendly a text sounds, by the lexicon VADER (-1 to 1).
-
-pip install vaderSentiment
-"""
+"""How friendly a response sounds, by the lexicon VADER (-1 to 1): pip install vaderSentiment."""
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 ANALYZER = SentimentIntensityAnalyzer()
