@@ -206,7 +206,7 @@ def test_exercise_6_the_target_by_hand():
 
 
 def test_exercise_6_above_all_reference_rewards_the_target_is_a_probability():
-    """(7) is capped: log π_bon = log(1 - (1 - π_ref)^N); with F_le = 1 + π_ref it could exceed 0."""
+    """(7) is capped: log π_bon = log(1 - (1 - π_ref)^N). With F_le = 1 + π_ref it may exceed 0."""
     p = torch.tensor([[0.5, 0.01, 1e-9]]).double()
     ref_rewards = torch.arange(64)[None]
     target = vbon.bon_target(p.log(), torch.full((1, 3), 99), ref_rewards, 512)
