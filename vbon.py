@@ -26,7 +26,7 @@ towards it, by minimising KL(π_θ || π_bon). After that, one sample does the w
     (7)  F_lt = (#less + 1) / (M + 1)                                          the estimate from M
          F_le = F_lt + #equal / (M + 1), or F_lt + π_ref(y) if #equal = 0         (at most 1)
 
-E_θ is the expectation over responses y of the policy; b, the baseline, does not depend on y. (4) and
+E_θ is the expectation over responses y of the policy; the baseline b does not depend on y. (4) and
 F_le in (7) are not in the paper, which assumes that rewards do not tie.
 
 An update: (a) sample y from the policy, (b) compute its reward and log π_ref(y), (c) compute the
