@@ -66,8 +66,8 @@ def print_table(rows: list[dict], ref_rewards: Tensor, length: int) -> None:
     if ties > 0.01:
         print(f"\nIn {ties:.0%} of all pairs of reference responses, both have the same reward.")
     print(f"\nKLs in nats per response; ± is the standard error over {len(ref_rewards)} prompts. "
-          f"vBoN succeeded if\nits row is near the row of best-of-N, and its KL to BoN near 0, with "
-          f"1 sample a response.")
+          f"vBoN succeeded if\nits row is near the row of best-of-N, and its KL to BoN near 0, "
+          f"with 1 sample a response.")
     if max(row["cut"] for row in rows) > 0.01:
         cells = [f"{title(row['method'], row['n'])} {row['cut']:.0%}" for row in rows]
         print(f"Responses that do not end within {length} tokens, but are cut: {', '.join(cells)}.")
