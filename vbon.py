@@ -309,7 +309,7 @@ class ToyModel:
         return response, None
 
 
-def toy_reward(prompt: Tensor, response: Tensor) -> Tensor:  # (P, 1), (P, K, 1) -> (P, K)
+def _toy_reward(prompt: Tensor, response: Tensor) -> Tensor:  # (P, 1), (P, K, 1) -> (P, K)
     return TOY_REWARD[response[:, :, 0]]
 
 
@@ -326,7 +326,7 @@ def toy(n: int = 4) -> None:
     prompt = torch.zeros(1, 1)
     generator = torch.Generator().manual_seed(0)
     ref_response, _ = reference.sample(prompt, 2000, 1, generator)
-    ref_rewards = toy_reward(prompt, ref_response)
+    ref_rewards = _toy_reward(prompt, ref_response)
     optimizer = torch.optim.Adam([policy.logits], lr=0.05)
     print(f"Six responses, n = {n}. KL of the policy to best-of-n, in nats:")
     for step in range(401):
@@ -334,7 +334,7 @@ def toy(n: int = 4) -> None:
         if step in (0, 25, 50, 100, 200, 400):
             print(f"  update {step:3}   {torch.sum(logprob.exp() * (logprob - log_bon)):.4f}")
         optimizer.zero_grad()
-        rollout = roll_out(policy, reference, toy_reward, prompt, 64, 1, generator)
+        rollout = roll_out(policy, reference, _toy_reward, prompt, 64, 1, generator)
         log_target = bon_target(rollout.ref_logprob, rollout.reward, ref_rewards, n)
         reinforce(policy, prompt, rollout.response, log_target)
         optimizer.step()
