@@ -20,6 +20,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -104,8 +105,7 @@ def vbon_reward(file: RewardFile, tokenizer, n: int, *, prompt_text: list[str],
     ref_rewards = torch.tensor(ref_rewards, dtype=torch.float64)                # (responses, M)
     log_metric("win_rate", vbon.win_rate(reward, ref_rewards).mean().item())
     n = vbon.grow(n, trainer_state.global_step, trainer_state.max_steps)
-    # TRL does not say what π_ref(y) is. The limit π_ref(y) -> 0 is equal to (4) where y ties, and
-    # else the bound (3). On text the two agree.
+    # TRL does not tell π_ref(y). Its limit 0 gives (4) where y ties, else the bound (3).
     ref_logprob = torch.full_like(reward, -1000.0)
     log_target = vbon.bon_target(ref_logprob, reward, ref_rewards, n)
     return (log_target - ref_logprob)[:, 0].tolist()
@@ -146,9 +146,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         held_out = rows[::5]
         del rows[::5]
     least = args.generation_batch_size // args.num_generations
-    want(len(held_out) >= 8, f"{len(held_out)} held-out prompts: want at least 8")
-    want(len(rows) >= least, f"{len(rows)} training prompts: an update takes {least}; want more, "
-                             f"or a smaller --gradient_accumulation_steps")
+    want(len(rows) >= least and len(held_out) >= 8, f"want {least} prompts, those of an update, "
+         f"and 8 held-out ones; got {len(rows)} and {len(held_out)}")
     some = [row["prompt_text"] for row in rows[:8]]
     file.ask(some, some[::-1])
 
@@ -171,10 +170,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     changes = [path.stat().st_mtime for path in sorted(Path(name).glob("*"))]
     key = digest(name, changes, model_args.model_revision, model_args.dtype, file, rows, held_out,
                  own.m, own.m_eval, args.max_completion_length, args.seed)
+    kept = out / f"reference-{key}"
     draw_more = functools.partial(draw, trainer, policy, file)
-    drawn = draw_more(rows, own.m, out / f"responses-training-{key}.jsonl", False)
-    held = draw_more(held_out, own.m_eval, out / f"responses-held-out-{key}.jsonl", False)
-    candidates = draw_more(held_out, own.m_eval, out / f"responses-candidates-{key}.jsonl", True)
+    drawn = draw_more(rows, own.m, kept / "responses-training.jsonl", False)
+    held = draw_more(held_out, own.m_eval, kept / "responses-held-out.jsonl", False)
+    candidates = draw_more(held_out, own.m_eval, kept / "responses-candidates.jsonl", True)
     for i, row in enumerate(rows):
         row["ref_rewards"] = [one["reward"] for one in drawn[i * own.m:(i + 1) * own.m]]
     trainer.accelerator.print(f"a response of the base model: {drawn[0]}")
@@ -210,7 +210,7 @@ def refused(what: str):
     """Raise UnusableInput, in one line, for errors in the `with` block."""
     try:
         yield
-    except (ValueError, OSError, LookupError, TypeError) as error:
+    except (ValueError, OSError, LookupError, TypeError, jinja2.TemplateError) as error:
         want(False, f"{what}: {error}")
 
 
@@ -241,13 +241,13 @@ def read_prompts(path: str, tokenizer, args: RLOOConfig) -> list[dict]:
         with refused(f'{path}: want "prompt": a text, or a list of messages; got {line[:60]}'):
             prompt = json.loads(line)["prompt"] if path.endswith(".jsonl") else line
             text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        if isinstance(prompt, str):
-            ids = tokenizer(prompt)["input_ids"]
-        else:
-            with refused(path):
+            if isinstance(prompt, str):
+                ids = tokenizer(prompt)["input_ids"]
+            else:
                 ids = tokenizer.apply_chat_template(
                     prompt, add_generation_prompt=True, return_dict=True,
                     **(args.chat_template_kwargs or {}))["input_ids"]
+        want(ids, f"{path}: a prompt without a token: {line[:60]}")
         rows.append({"prompt": prompt, "prompt_text": text, "prompt_ids": ids})
     return rows
 
