@@ -314,7 +314,7 @@ class LowRank(nn.Module):
 def add_adapters(model: nn.Module, rank: int, generator: torch.Generator) -> list[nn.Parameter]:
     """Freeze the model, add an adapter to each linear layer, and return the adapters' parameters.
 
-    Gradient noise perturbs every trained parameter and raises the KL, so we train only a few.
+    At a given learning rate, gradient noise raises the KL with their number, so there are few.
     Raises ValueError for a model with a tied head: an adapter would change the head alone.
     """
     if getattr(model, "config", {}).get("tied"):
