@@ -36,7 +36,7 @@ def test_imports_go_down_only():
         assert rooms(path) <= {"vbon", "model", "reward", "support"} | PACKAGES, path
     for path in FILES:
         if "train" in imports(path):
-            assert path.parent.name in ("experiments", "tests") or path.name == "test_vbon.py", path
+            assert path.parent.name in ("experiments", "rewards", "tests") or path.name == "test_vbon.py", path
 
 
 def test_few_names_pass_between_the_rooms():
@@ -65,7 +65,7 @@ def test_files_stay_short_enough_to_be_read():
             room = "all tests"
         lines[room] = lines.get(room, 0) + len(text)
     limits = {"vbon.py": 350, "model.py": 350, "reward.py": 75, "train.py": 400, "support": 1900,
-              "experiments": 2550, "all tests": 4080}
+              "experiments": 2580, "all tests": 4080}
     assert {room: lines[room] for room in limits if lines[room] > limits[room]} == {}
     assert len(lines) == len(limits)                    # no other file
     assert len(SUPPORT) <= 16
