@@ -16,7 +16,6 @@ A log target of -inf is refused, since its gradient is infinite. For a response 
 return rollout.ref_logprob - 30: it becomes e^30 times less probable than under the reference.
 """
 import ast
-import traceback
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ import vbon
 from experiments.methods import target_gradient
 from support.files import UnusableInput, read_text
 from support.kept import digest
+from support.own_reward import describe_fault
 from train import Method
 
 
@@ -56,13 +56,8 @@ class OwnMethod:
         try:
             return function(*args)
         except (Exception, SystemExit) as error:
-            place = self.path
-            if isinstance(error, SyntaxError):
-                place = f"{self.path}:{error.lineno}"
-            for frame in traceback.extract_tb(error.__traceback__):
-                if frame.filename == self.path:
-                    place = f"{self.path}:{frame.lineno}"
-            raise UnusableInput(f"--method {place}: {type(error).__name__}: {error}") from None
+            fault = describe_fault(error, self.path, self.path)
+            raise UnusableInput(f"--method {fault}") from None
 
     def choose_method(self, name: str, n: int, beta: None) -> Method:
         """Return it for train.fine_tune. Another code of the file is another method for `keep`."""

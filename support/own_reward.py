@@ -68,7 +68,8 @@ class RewardFile:
         try:
             yield
         except (Exception, SystemExit) as error:
-            raise UnusableInput(self._describe(error)) from None
+            fault = describe_fault(error, self.path, self.absolute_path)
+            raise UnusableInput(f"--reward {fault}") from None
         finally:
             changed = [get for get in STATE if get() != before[get]]
             for get in changed:
@@ -77,16 +78,18 @@ class RewardFile:
             name = STATE[changed[0]].__name__
             raise UnusableInput(f"--reward {self.path}: it calls {name} and does not undo it")
 
-    def _describe(self, error: BaseException) -> str:
-        """Return an exception in one line, with the innermost line of the file."""
-        place = self.path
-        if isinstance(error, SyntaxError):
-            place = f"{self.path}:{error.lineno}"
-        for frame in traceback.extract_tb(error.__traceback__):
-            if frame.filename == self.absolute_path:
-                place = f"{self.path}:{frame.lineno}"
-        text = " ".join(str(error).split())
-        return f"--reward {place}: {type(error).__name__}: {text}"
+
+def describe_fault(error: BaseException, path: str | Path, filename: str) -> str:
+    """Return an exception in one line, with the innermost line of a file that was compiled under
+    this filename."""
+    place = path
+    if isinstance(error, SyntaxError):
+        place = f"{path}:{error.lineno}"
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == filename:
+            place = f"{path}:{frame.lineno}"
+    text = " ".join(str(error).split())
+    return f"{place}: {type(error).__name__}: {text}"
 
 
 def _floats(found: object, count: int) -> list[float]:
