@@ -44,12 +44,12 @@ def save_model(folder, config):
 @pytest.fixture
 def folder(tmp_path):
     """A small model whose tokens are letters, 50 prompts, and a reward."""
-    names = [*"abcdesu .!", "<pad>", "<end>"]
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(dict(zip(names, range(12)))))
+    names = [*"abcdesu .!", "#", "<end>"]
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(dict(zip(names, range(12))), "#"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     inner.decoder = tokenizers.decoders.Fuse()
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<end>", bos_token="<end>", pad_token="<pad>",
+        tokenizer_object=inner, eos_token="<end>", bos_token="<end>", pad_token="#",
         chat_template=TEMPLATE).save_pretrained(tmp_path / "model")
     save_model(tmp_path / "model", LLAMA)
     prompts = ["ab"[i % 2] * (i % 5 + 1) + " " + "cde"[i % 3] for i in range(50)]
@@ -91,7 +91,7 @@ def test_the_gradient_of_trl_is_that_of_equation_6(config, reward, folder):
     rows = with_trl.read_prompts(own.prompts, tokenizer, args)
     file = RewardFile(own.reward)
     trainer = RLOOTrainer(
-        model=model, reward_funcs=functools.partial(with_trl.vbon_reward, file, tokenizer, 3),
+        model=model, reward_funcs=functools.partial(with_trl.vbon_reward, file, tokenizer, [11], 3),
         args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
         peft_config=get_peft_config(model_args))
     policy = OtherModel(trainer.model, trainer.eos_token_ids, tokenizer.pad_token_id)
@@ -102,7 +102,8 @@ def test_the_gradient_of_trl_is_that_of_equation_6(config, reward, folder):
     # all responses, their rewards, and the weights of (4) by the estimate (7)
     y = torch.cartesian_prod(torch.arange(12), torch.arange(12))
     y = torch.where(y[:, :1] == 11, torch.tensor([11, 10]), y).unique(dim=0)
-    r = torch.tensor(file.ask([""] * len(y), tokenizer.batch_decode(y, skip_special_tokens=True)))
+    texts = [text.partition("<end>")[0] for text in tokenizer.batch_decode(y)]
+    r = torch.tensor(file.ask([""] * len(y), texts))
     objective = 0
     for row in rows:
         prompt = torch.tensor([row["prompt_ids"]])
@@ -131,6 +132,8 @@ def test_a_run_makes_the_policy_better_and_leaves_it_as_a_folder(folder):
     assert abs(best["win_rate"] - theory) < 4 * best["win_rate_se"]
     assert policy["win_rate"] > 0.5 + 0.6 * (best["win_rate"] - 0.5)
     assert policy["kl_bon"] < 0.5 * reference["kl_bon"]
+    # the folder is for serving: no batch is padded to a length of training
+    assert json.loads((folder / "out/merged/tokenizer.json").read_text())["padding"] is None
     # transformers alone samples the same rewards
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "out/merged")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "out/merged")
@@ -166,7 +169,50 @@ def test_a_response_keeps_its_blanks():
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner,
                                                      clean_up_tokenization_spaces=True)
     assert tokenizer.decode([1, 3]) == "b."
-    assert with_trl.response_texts(tokenizer, [[0], [0]], [[1, 3], [2]]) == [" b .", "b"]
+    assert with_trl.response_texts(tokenizer, [], [[0], [0]], [[1, 3], [2]]) == [" b .", "b"]
+
+
+def test_a_reward_sees_the_markers_in_a_response_but_not_its_end(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    model.generation_config.eos_token_id = [9]          # "!"; the tokenizer has another end
+    ends = with_trl.end_tokens(model, tokenizer)
+    texts = with_trl.response_texts(tokenizer, ends, [[0]] * 3, [[10, 1, 9], [0, 11], [9, 2]])
+    assert texts == ["#b", "a", "!c"]
+
+
+def change_json(path, **changes):
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(values | changes), encoding="utf-8")
+
+
+@pytest.mark.parametrize("before, after, prompt, message", [
+    ([], ["end"], "ab", "the tokenizer ends each text"),
+    (["end"], [], "<end>ab", "the tokenizer begins texts itself")])
+def test_a_tokenizer_that_adds_tokens_to_prompts(before, after, prompt, message, folder):
+    mark = {"SpecialToken": {"id": "<end>", "type_id": 0}}
+    parts = [mark for _ in before] + [{"Sequence": {"id": "A", "type_id": 0}}]
+    parts += [mark for _ in after]
+    change_json(folder / "model/tokenizer.json", post_processor={
+        "type": "TemplateProcessing", "single": parts, "pair": parts,
+        "special_tokens": {"<end>": {"id": "<end>", "ids": [11], "tokens": ["<end>"]}}})
+    (folder / "prompts.txt").write_text("\n".join([prompt] * 50), encoding="utf-8")
+    refuse(message, folder)
+
+
+def test_chat_markers_in_a_text_get_a_note(folder, capsys):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    _, args, _ = with_trl.parse(flags(folder))
+    (folder / "prompts.txt").write_text("ab\n[INST] b [/INST]", encoding="utf-8")
+    with_trl.read_prompts(str(folder / "prompts.txt"), tokenizer, args)
+    assert "[INST] in a text: give a chat as messages" in capsys.readouterr().out
+
+
+def test_incomplete_models_are_refused(folder):
+    change_json(folder / "model/tokenizer_config.json", pad_token="[PAD]")
+    refuse("the token [PAD] that pads is not among the 12 of the model", folder)
+    (folder / "model/adapter_config.json").write_text("{}", encoding="utf-8")
+    refuse("an adapter; want a complete model", folder)
 
 
 def refuse(message, folder, **changes):

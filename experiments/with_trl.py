@@ -93,14 +93,14 @@ class Arguments:
 
 # --------------------------------------------------------------------------- vBoN, a reward of TRL
 
-def vbon_reward(file: RewardFile, tokenizer, n: int, *, prompt_text: list[str],
+def vbon_reward(file: RewardFile, tokenizer, ends: list[int], n: int, *, prompt_text: list[str],
                 prompt_ids: list[list[int]], completion_ids: list[list[int]],
                 ref_rewards: list[list[float]], trainer_state, log_metric, **_) -> list[float]:
     """Return log π_bon(y) - log π_ref(y) of each response. TRL calls it in each update.
 
     An entry of each list belongs to one response; the columns of the dataset are among them.
     """
-    texts = response_texts(tokenizer, prompt_ids, completion_ids)
+    texts = response_texts(tokenizer, ends, prompt_ids, completion_ids)
     reward = torch.tensor(file.ask(prompt_text, texts), dtype=torch.float64)[:, None]
     ref_rewards = torch.tensor(ref_rewards, dtype=torch.float64)                # (responses, M)
     log_metric("win_rate", vbon.win_rate(reward, ref_rewards).mean().item())
@@ -111,12 +111,21 @@ def vbon_reward(file: RewardFile, tokenizer, n: int, *, prompt_text: list[str],
     return (log_target - ref_logprob)[:, 0].tolist()
 
 
-def response_texts(tokenizer, prompt_ids: list[list[int]], ids: list[list[int]]) -> list[str]:
-    """Return the texts that follow the prompts."""
-    decode = functools.partial(tokenizer.decode, skip_special_tokens=True,
-                               clean_up_tokenization_spaces=False)
+def end_tokens(model, tokenizer) -> list[int]:
+    """Return the tokens that end a response, as TRL finds them."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return [i for i in {tokenizer.eos_token_id, *ends} if i is not None]
+
+
+def response_texts(tokenizer, ends: list[int], prompt_ids: list[list[int]], ids: list[list[int]]
+                   ) -> list[str]:
+    """Return the texts that follow the prompts, with all markers in them but the end."""
+    decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     texts = []
     for before, after in zip(prompt_ids, ids):
+        if after[-1] in ends:
+            after = after[:-1]
         # alone, a response of a Llama would be decoded without its first blank
         texts.append(decode(before + after)[len(decode(before)):])
     return texts
@@ -133,12 +142,17 @@ def main(argv: list[str] | None = None) -> list[dict]:
     file = RewardFile(own.reward)
     name = model_args.model_name_or_path
     settings = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+    want(not (Path(name) / "adapter_config.json").exists(), f"--model_name_or_path {name}: an "
+         f"adapter; want a complete model, such as merge_and_unload() of peft makes")
     with refused(f"--model_name_or_path {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **settings)
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation,
             quantization_config=get_quantization_config(model_args), **settings,
             **(args.model_init_kwargs or {}))
+    tokens = model.get_input_embeddings().weight.shape[0]
+    want((tokenizer.pad_token_id or 0) < tokens, f"--model_name_or_path {name}: the token "
+         f"{tokenizer.pad_token} that pads is not among the {tokens} of the model")
     rows = read_prompts(own.prompts, tokenizer, args)
     if own.held_out is not None:
         held_out = read_prompts(own.held_out, tokenizer, args)
@@ -154,8 +168,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     # ---- TRL's trainer, with vBoN as its reward
     with refused("TRL"):
         trainer = RLOOTrainer(
-            model=model, reward_funcs=functools.partial(vbon_reward, file, tokenizer, own.n),
-            args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+            model=model, args=args, reward_funcs=functools.partial(
+                vbon_reward, file, tokenizer, end_tokens(model, tokenizer), own.n),
+            train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
             peft_config=get_peft_config(model_args))
     if args.learning_rate is None:
         # the noise of all parameters together should not grow with their number: see README.md
@@ -234,22 +249,34 @@ def parse(argv: list[str] | None) -> tuple[Arguments, RLOOConfig, ModelConfig]:
 
 
 def read_prompts(path: str, tokenizer, args: RLOOConfig) -> list[dict]:
-    """Return rows for TRL: prompt, text for the reward, tokens as TRL's. Raises UnusableInput."""
+    """Return rows for TRL: prompt, text for the reward, tokens. Raises UnusableInput."""
     lines = [line for line in read_text(Path(path)).split("\n") if line.strip()]
     rows = []
     for line in lines:
         with refused(f'{path}: want "prompt": a text, or a list of messages; got {line[:60]}'):
             prompt = json.loads(line)["prompt"] if path.endswith(".jsonl") else line
             text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-            if isinstance(prompt, str):
-                ids = tokenizer(prompt)["input_ids"]
-            else:
-                ids = tokenizer.apply_chat_template(
-                    prompt, add_generation_prompt=True, return_dict=True,
-                    **(args.chat_template_kwargs or {}))["input_ids"]
+            ids = prompt_tokens(prompt, tokenizer, args)
         want(ids, f"{path}: a prompt without a token: {line[:60]}")
         rows.append({"prompt": prompt, "prompt_text": text, "prompt_ids": ids})
+    for mark in ("<|im_start|>", "[INST]", "<|start_header_id|>", "<start_of_turn>", "<|user|>"):
+        if any(isinstance(row["prompt"], str) and mark in row["prompt"] for row in rows):
+            print(f"{path} has {mark} in a text: give a chat as messages, in a .jsonl file")
     return rows
+
+
+def prompt_tokens(prompt: str | list[dict], tokenizer, args: RLOOConfig) -> list[int]:
+    """Return the tokens of a prompt, as TRL makes them."""
+    if not isinstance(prompt, str):
+        return tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_dict=True,
+            **(args.chat_template_kwargs or {}))["input_ids"]
+    ids = tokenizer(prompt)["input_ids"]
+    if ids[:2] == [tokenizer.bos_token_id] * 2:
+        raise ValueError("the tokenizer begins texts itself: leave out the first token")
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        raise ValueError("the tokenizer ends each text (add_eos_token?): nothing would follow")
+    return ids
 
 
 @torch.no_grad()
@@ -304,7 +331,7 @@ def draw(trainer: RLOOTrainer, policy: OtherModel, file: RewardFile, rows: list[
                                          trainer.accelerator.process_index)
             response, _ = policy.sample(prompt, 1, args.max_completion_length, generator)
             kept = [y[is_token].tolist() for y, is_token in zip(response, policy.mask(response))]
-            texts = response_texts(trainer.processing_class, ids, kept)
+            texts = response_texts(trainer.processing_class, policy.ends, ids, kept)
             columns = {"prompt_id": part, "prompt": prompts, "response": texts,
                        "reward": file.ask(prompts, texts),
                        "cut": [y[-1] not in policy.ends for y in kept]}
