@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
             samples += sample_text(found, world, n, seed)
         results.export_model(out / f"reference-seed{seed}", world.reference, world.text.encoding,
                              lines[0])
+        results.write_reference(out, world, seed)
 
     # ---- what all of it says, over the seeds
     pool = torch.cat(pool)
@@ -126,7 +127,9 @@ def find_entries(args: argparse.Namespace, own: list[OwnMethod], world: train.Wo
             if args.method is not None:
                 raise
             print(f"left out: {problem}")
-    return entries + [Entry(file.name, None, {}, file.name, file) for file in own]
+    for file in own:
+        entries.append(Entry(file.name, None, file.find_aim(world.held_out, n), file.name, file))
+    return entries
 
 
 def find_entry(cache: Path, method: str, refs: Tensor, n: int, seed: int, beta: float | None = None
@@ -180,6 +183,7 @@ def run_policy(out: Path, world: train.World, entry: Entry, n: int, settings: tr
     folder = out / f"policy-{label}n{n}-seed{seed}"
     line = complete_row(answers, world, n) | made_by
     results.export_model(folder, tuned["policy"], world.text.encoding, line)
+    results.write_policy(out, folder.name, entry.method, world, evaluated)
     return answers
 
 

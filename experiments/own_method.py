@@ -12,6 +12,10 @@ rollout has response (P, K, L), reward and ref_logprob (P, K); n grows to N as f
 a target, `gradient(policy, reference, reward_fn, batch, n, settings, generator)` may take the place
 of train.vbon_gradient, with the same result: a dict of numbers.
 
+The aim in tables and pictures is the target of M responses of the reference. Where this is not what
+the method aims at, `weights(ref_rewards, n)` returns (P, M): π/π_ref of these responses, up to a
+constant for each prompt.
+
 A log target of -inf is refused, since its gradient is infinite. For a response that must not occur,
 return rollout.ref_logprob - 30: it becomes e^30 times less probable than under the reference.
 """
@@ -23,11 +27,12 @@ from pathlib import Path
 from torch import Tensor
 
 import vbon
+from experiments import theory
 from experiments.methods import target_gradient
 from support.files import UnusableInput, read_text
 from support.kept import digest
 from support.own_reward import describe_fault
-from train import Method
+from train import Method, Samples
 
 
 class OwnMethod:
@@ -79,14 +84,29 @@ class OwnMethod:
         found = self.call(self.functions["target"], rollout, ref_rewards.cpu().double(), n)
         return self.call(checked, found, rollout.reward)
 
+    def find_aim(self, held_out: Samples, n: int) -> dict[str, float]:
+        """Return what it aims at, as theory.describe_aim; nothing if it is unknown."""
+        ref_rewards = held_out.reward.cpu().double()
+        if "weights" in self.functions:
+            weight = self.call(self.functions["weights"], ref_rewards, n)
+            weight = self.call(checked, weight, ref_rewards).clamp(min=0)
+        elif "target" in self.functions:
+            ref_logprob = held_out.logprob.cpu().double()
+            rollout = vbon.Rollout(held_out.response, ref_rewards, ref_logprob)
+            log_weight = self.target(rollout, ref_rewards, n, None) - ref_logprob
+            weight = (log_weight - log_weight.amax(-1, keepdim=True)).exp()
+        else:
+            return {}
+        return theory.describe_aim(weight / weight.sum(-1, keepdim=True), ref_rewards, n)
+
 
 def checked(found: object, like: Tensor) -> Tensor:
-    """Return what a target has returned, in float64. Raises ValueError for what is unusable."""
+    """Return what a function has returned, in float64. Raises ValueError for what is unusable."""
     if not isinstance(found, Tensor) or found.shape != like.shape:
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"target: want a tensor {tuple(like.shape)}, got {got}")
+        raise ValueError(f"want a tensor {tuple(like.shape)}, got {got}")
     found = found.detach().cpu().double()
     if not found.isfinite().all():
-        raise ValueError("target: want finite numbers; for a response that must not occur, "
+        raise ValueError("want finite numbers; as the target of a response that must not occur, "
                          "rollout.ref_logprob - 30")
     return found

@@ -108,7 +108,7 @@ MARKERS = "osD^v"                                       # of the first N, the se
 # those of best-of-N and KL-RL are hollow in the plane, since others may lie on them
 SYMBOLS = {"ref": ("s", "black", 7), "bon": ("o", "tab:blue", 15), "vbon": ("D", "tab:red", 7),
            "kl-rl": ("v", "tab:green", 12)}
-OTHERS = ("", "0.4", 0)                                 # grey, not in the plane
+OWN = ("tab:orange", "tab:purple", "tab:brown", "tab:cyan")     # methods that are not in NAMES
 
 
 def plot_results(path: Path, groups: Groups, pool: Tensor) -> None:
@@ -134,6 +134,16 @@ def in_order(groups: Groups) -> list[str]:
     return sorted(distance, key=distance.get)
 
 
+def choose_color(label: str, lines: list[str]) -> str:
+    """Return the color of a method: one of the plane's, grey, or a free one for one of yours."""
+    if label in SYMBOLS:
+        return SYMBOLS[label][1]
+    if label in NAMES:
+        return "0.4"
+    own = [line for line in lines if line not in NAMES]
+    return OWN[own.index(label) % len(OWN)]
+
+
 def plot_strip(axes, groups: Groups, lines: list[str], quantity: tuple[str, str, str]) -> None:
     """Plot one quantity of each method, measured and aimed at, for each N."""
     column, heading, unit = quantity
@@ -145,7 +155,7 @@ def plot_strip(axes, groups: Groups, lines: list[str], quantity: tuple[str, str,
         # several N a little below each other
         i = ns.index(n)
         height = lines.index(label) + 0.7 * (i + 0.5) / len(ns) - 0.35
-        _, color, _ = SYMBOLS.get(label, OTHERS)
+        color = choose_color(label, lines)
         axes.errorbar(measured[0], height, xerr=measured[1], fmt=MARKERS[i % len(MARKERS)],
                       color=color, ms=6, capsize=3, lw=1.5)
         aim = mean_and_spread(rows, f"aim_{column}")

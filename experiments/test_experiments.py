@@ -338,11 +338,28 @@ def gradient(policy, reference, reward_fn, batch, n, settings, generator):
     return bound.gradient(policy, reference, reward_fn, batch, n, settings, generator)
 """
 
+BOUND_WEIGHTS = """
+import vbon
+def weights(ref_rewards, n):
+    return 7 * vbon.empirical_cdf(ref_rewards, ref_rewards) ** (n - 1)
+"""
+
 
 def own(tmp_path, source):
     path = tmp_path / "mine.py"
     path.write_text(source, encoding="utf-8")
     return own_method.OwnMethod(str(path))
+
+
+def test_the_aim_of_a_method_of_ones_own(tmp_path):
+    """By its target or its weights, it is that of the bound; a gradient alone has none."""
+    generator = torch.Generator().manual_seed(0)
+    reward, logprob = torch.randn(2, 5, 256, generator=generator)
+    samples = train.Samples(torch.zeros(5, 1), torch.zeros(5, 256, 1), logprob, reward, 0.0)
+    for source in (BOUND, BOUND_AS_GRADIENT + BOUND_WEIGHTS):
+        found = own(tmp_path, source).find_aim(samples, 3) | {"beta": None}
+        assert found == pytest.approx(theory.find_aim("bound", 3, samples.reward), rel=1e-9)
+    assert own(tmp_path, BOUND_AS_GRADIENT).find_aim(samples, 3) == {}
 
 
 @pytest.mark.parametrize("source", [BOUND, BOUND_AS_GRADIENT])
@@ -366,7 +383,7 @@ def test_a_method_of_ones_own_follows_its_target_or_its_gradient(source, tmp_pat
     ("def target(:", r"mine.py:1: SyntaxError"),
     ("x = 1", r"mine.py: want a function target\(rollout, ref_rewards, n\)"),
     ("def target(rollout, ref_rewards, n):\n    return 1 / 0", r"mine.py:2: ZeroDivisionError"),
-    ("def target(r, refs, n):\n    return r.reward[0]", r"target: want a tensor \(3, 8\)"),
+    ("def target(r, refs, n):\n    return r.reward[0]", r"mine.py: .*want a tensor \(3, 8\)"),
     ("def target(r, refs, n):\n    return (r.reward > 9).log()", r"rollout.ref_logprob - 30"),
     ("def gradient(*given):\n    pass", r"gradient: want a dict"),
 ])
@@ -393,6 +410,9 @@ def test_the_method_nearest_to_best_of_n_is_on_top():
     distance = {"ref": 9.0, "vbon": 0.1, "mine": 0.3, "yours": 0.2}
     groups = {(4, label): [{"kl_bon": kl}] for label, kl in distance.items()}
     assert summary.in_order(groups) == ["vbon", "yours", "mine"]
+    colors = [summary.choose_color(label, ["vbon", "yours", "mine", "bond", "bonbon"])
+              for label in ("vbon", "yours", "mine", "bond", "bonbon")]
+    assert len(set(colors)) == 4 and colors[3] == colors[4]
 
 # ---------------------------------------------------------------------------- whole, tiny runs
 
@@ -463,6 +483,9 @@ def test_comparison_leaves_each_model_and_samples_of_it(compared):
         assert settings.pop("weights")
         assert settings == {key: row[key] for key in row if key not in results.METRICS}
         stored, = (folder / "cache").glob(f"policy-{method}-*-seed0-*.pt")
+        lines = (folder / f"responses-policy-{name}.jsonl").read_text(encoding="utf-8")
+        rewards = [json.loads(line)["reward"] for line in lines.split("\n")[:-1]]
+        assert sum(rewards) / len(rewards) == pytest.approx(row["reward"])
         head = load_model(folder / f"policy-{name}").lm_head.weight
         assert torch.equal(head, kept.load(stored)["policy"].lm_head.weight)
 
@@ -474,7 +497,7 @@ def test_the_picture_shows_what_was_compared(compared, tmp_path):
     assert (tmp_path / "pareto.png").stat().st_size > 30_000
     assert list(groups) == [(2, name) for name in ("ref", "bon", "soft-bon", "pessimism", "vbon",
                                                    "kl-rl", "mine")]
-    assert groups[2, "kl-rl"][0]["aim_kl_bon"] > 0
+    assert groups[2, "kl-rl"][0]["aim_kl_bon"] > 0 and groups[2, "mine"][0]["aim_kl_bon"] > 0
 
 
 def test_again_it_trains_nothing_and_adds_no_line(compared, tmp_path, capsys, monkeypatch):

@@ -164,28 +164,35 @@ TILTS = ("kl-rl", "infalign-ctrl", "highest")           # by exp(value / β), in
 
 
 def find_aim(method: str, n: int, ref_rewards: Tensor, beta: float | None = None) -> dict:
-    """Return β (None for a method without it) and what the method aims at; a stage for `keep`.
+    """Return β (None for a method without it) and what the method aims at, as `describe_aim`; a
+    stage for `keep`.
 
-    win_rate, kl_ref and ess, as `attained`; kl_bon, the KL to best-of-n; below_win_rate, how far it
-    is below the highest win rate at its KL; decoded_win_rate, if decoded by best-of-n. None of them
-    if they are unknown, as BoNBoN's, or of too few effective samples. A β that is not given is
-    found. Raises UnusableInput as `find_beta`.
+    BoNBoN's aim is unknown. A β that is not given is found. Raises UnusableInput as `find_beta`.
     """
     if beta is None and method in WITH_BETA:
         beta = find_beta(ref_rewards, n, method)
     if method == "bonbon":
         return {"beta": beta}
-    weight = aim_weights(method, n, beta, ref_rewards)
+    return {"beta": beta} | describe_aim(aim_weights(method, n, beta, ref_rewards), ref_rewards, n)
+
+
+def describe_aim(weight: Tensor, ref_rewards: Tensor, n: int) -> dict[str, float]:
+    """Return what a policy attains that has the weights (P, M), beside best-of-n.
+
+    win_rate, kl_ref and ess, as `attained`; kl_bon, the KL to best-of-n; below_win_rate, how far it
+    is below the highest win rate at its KL; decoded_win_rate, if decoded by best-of-n. None of them
+    if there are too few effective samples.
+    """
     found = attained(weight, ref_rewards)
     highest = highest_win_rate(found["kl_ref"], ref_rewards)
     if found["ess"] < MIN_SIZE or highest is None:
-        return {"beta": beta}
+        return {}
     bon = bon_weights(n, ref_rewards)
     kl_bon = (torch.xlogy(weight, weight) - torch.xlogy(weight, bon)).sum(-1)
     found["kl_bon"] = kl_bon.mean().item()
     found["below_win_rate"] = highest - found["win_rate"]
     found["decoded_win_rate"] = decoded_win_rate_of(weight, ref_rewards, n)
-    return {"beta": beta} | found
+    return found
 
 
 def find_beta(ref_rewards: Tensor, n: int, method: str) -> float:  # (P, M)

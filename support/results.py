@@ -47,9 +47,12 @@ def leave(args: argparse.Namespace, run, best: Tensor, made_by: dict) -> None:
     prompts = world.held_out.prompt[:8].to(world.reference.wte.weight.device)
     some = sample_text(encoding, prompts, world.reward, world.reference, run.policy, run.n,
                        world.text.length, run.seed)
-    some = f"The number before a response is its reward.\n\n{some}"
-    write_whole(out / "samples.txt", some.encode("utf-8"))
-    write_records(out, name, run)
+    text = f"The number before a response is its reward.\n\n{some}"
+    write_whole(out / "samples.txt", text.encode("utf-8"))
+    write_reference(out, world, run.seed)
+    write_policy(out, f"policy-{name}", "vbon", world, run.evaluated)
+    write_lines(out / f"history-{name}.jsonl",
+                [{"step": i + 1} | stats for i, stats in enumerate(run.history)])
 
     # ---- the models, and what `sample_run` needs beside them
     kept = {"length": world.text.length}
@@ -110,21 +113,19 @@ def describe(settings, text: Text, inputs: Inputs, quick: bool) -> dict:
     }
 
 
-def write_records(out: Path, name: str, run) -> None:
-    """Write the history of training, and all responses of the evaluation."""
-    world = run.world
-    encoding = world.text.encoding
-    prompts = world.held_out.prompt
-    write_lines(out / f"history-{name}.jsonl",
-                [{"step": i + 1} | stats for i, stats in enumerate(run.history)])
+def write_reference(out: Path, world, seed: int) -> None:
+    """Write the reference's responses to the held-out prompts."""
     rows = []
     for use, samples in (("estimates F", world.held_out), ("candidate", world.candidates)):
-        found = samples._asdict() | {"ref_logprob": samples.logprob,
-                                     "token_kl": torch.zeros_like(samples.logprob)}
-        rows += response_records("ref", use, prompts, found, encoding)
-    write_lines(out / f"responses-reference-seed{run.seed}.jsonl", rows)
-    rows = response_records("vbon", "evaluation", prompts, run.evaluated, encoding)
-    write_lines(out / f"responses-policy-{name}.jsonl", rows)
+        found = samples._asdict() | {"ref_logprob": samples.logprob, "token_kl": 0 * samples.logprob}
+        rows += response_records("ref", use, samples.prompt, found, world.text.encoding)
+    write_lines(out / f"responses-reference-seed{seed}.jsonl", rows)
+
+
+def write_policy(out: Path, name: str, method: str, world, found: dict) -> None:
+    """Write a policy's responses in the evaluation."""
+    rows = response_records(method, "evaluation", world.held_out.prompt, found, world.text.encoding)
+    write_lines(out / f"responses-{name}.jsonl", rows)
 
 
 def response_records(method: str, use: str, prompts: Tensor, found: dict,
@@ -188,9 +189,8 @@ def sample_run(args: argparse.Namespace) -> str:
     # the policy is written last
     if kept is None or not (folder / "settings.json").exists():
         found = ", ".join(sorted(path.name for path in out.glob("policy-n*"))) or "none"
-        raise UnusableInput(f"--sample: {out} holds no finished run with --n {args.n} --seed "
-                            f"{args.seed} (policies there: {found}); train.py without --sample "
-                            f"makes one")
+        raise UnusableInput(f"--sample: {out} has no finished run with --n {args.n} --seed {args.seed} "
+                            f"(policies: {found}); train.py without --sample makes one")
     device = choose_device(args.device)
     encoding = pretrained_encoding(folder)
     policy = load_model(folder).to(device)

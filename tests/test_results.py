@@ -111,7 +111,7 @@ def test_an_export_that_was_killed_is_repaired_by_the_same_command(copied_run):
     (copied_run / POLICY / "settings.json").unlink()
     (copied_run / POLICY / "model.safetensors").write_bytes(b"")
     _, _, error = run("--n", 2, "--sample", "i", cwd=copied_run)
-    assert "out holds no finished run with --n 2 --seed 0 (policies there: policy-n2-s" in error
+    assert "out has no finished run with --n 2 --seed 0 (policies: policy-n2-s" in error
     assert run("--quick", "--n", 2, cwd=copied_run)[0] == 0
     assert read_settings(copied_run / POLICY) == before
     load_model(copied_run / POLICY)
