@@ -66,7 +66,7 @@ def test_files_stay_short_enough_to_be_read():
             room = "all tests"
         lines[room] = lines.get(room, 0) + len(text)
     limits = {"vbon.py": 350, "model.py": 350, "reward.py": 75, "train.py": 400, "support": 1900,
-              "experiments": 2580, "all tests": 4080}
+              "experiments": 2650, "all tests": 4150}
     assert {room: lines[room] for room in limits if lines[room] > limits[room]} == {}
     assert len(lines) == len(limits)                    # no other file
     assert len(SUPPORT) <= 16
