@@ -128,7 +128,7 @@ def find_entries(args: argparse.Namespace, own: list[OwnMethod], world: train.Wo
                 raise
             print(f"left out: {problem}")
     for file in own:
-        entries.append(Entry(file.name, None, file.find_aim(world.held_out, n), file.name, file))
+        entries.append(Entry(file.name, None, file.find_aim(world, n), file.name, file))
     return entries
 
 

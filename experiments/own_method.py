@@ -32,7 +32,7 @@ from experiments.methods import target_gradient
 from support.files import UnusableInput, read_text
 from support.kept import digest
 from support.own_reward import describe_fault
-from train import Method, Samples
+from train import Method, World
 
 
 class OwnMethod:
@@ -84,8 +84,9 @@ class OwnMethod:
         found = self.call(self.functions["target"], rollout, ref_rewards.cpu().double(), n)
         return self.call(checked, found, rollout.reward)
 
-    def find_aim(self, held_out: Samples, n: int) -> dict[str, float]:
+    def find_aim(self, world: World, n: int) -> dict[str, float]:
         """Return what it aims at, as theory.describe_aim; nothing if it is unknown."""
+        held_out = world.held_out
         ref_rewards = held_out.reward.cpu().double()
         if "weights" in self.functions:
             weight = self.call(self.functions["weights"], ref_rewards, n)

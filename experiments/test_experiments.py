@@ -356,11 +356,12 @@ def test_the_aim_of_a_method_of_ones_own(tmp_path):
     generator = torch.Generator().manual_seed(0)
     reward, logprob = torch.randn(2, 5, 256, generator=generator)
     samples = train.Samples(torch.zeros(5, 1), torch.zeros(5, 256, 1), logprob, reward, 0.0)
+    world = train.World(None, None, None, None, samples, None)
     wanted = theory.find_aim("bound", 3, reward)
     del wanted["beta"]
     for source in (BOUND, BOUND_AS_GRADIENT + BOUND_WEIGHTS):
-        assert own(tmp_path, source).find_aim(samples, 3) == pytest.approx(wanted, rel=1e-9)
-    assert own(tmp_path, BOUND_AS_GRADIENT).find_aim(samples, 3) == {}
+        assert own(tmp_path, source).find_aim(world, 3) == pytest.approx(wanted, rel=1e-9)
+    assert own(tmp_path, BOUND_AS_GRADIENT).find_aim(world, 3) == {}
 
 
 @pytest.mark.parametrize("source", [BOUND, BOUND_AS_GRADIENT])

@@ -336,9 +336,11 @@ def draw(trainer: RLOOTrainer, policy: OtherModel, file: RewardFile, rows: list[
                        "reward": file.ask(prompts, texts),
                        "cut": [y[-1] not in policy.ends for y in kept]}
             if scored:
-                columns["logprob"] = policy.logprob(prompt, response)[:, 0].tolist()
                 with trainer.model.disable_adapter():
                     columns["ref_logprob"] = policy.logprob(prompt, response)[:, 0].tolist()
+                columns["logprob"] = columns["ref_logprob"]
+                if trainer.state.global_step > 0:       # before, the adapters change nothing
+                    columns["logprob"] = policy.logprob(prompt, response)[:, 0].tolist()
             found += [dict(zip(columns, values)) for values in zip(*columns.values())]
     found = gather_object(found)
     if trainer.accelerator.is_main_process:

@@ -117,32 +117,32 @@ def write_reference(out: Path, world, seed: int) -> None:
     """Write the reference's responses to the held-out prompts."""
     rows = []
     for use, samples in (("estimates F", world.held_out), ("candidate", world.candidates)):
-        found = samples._asdict() | {"ref_logprob": samples.logprob, "token_kl": 0 * samples.logprob}
-        rows += response_records("ref", use, samples.prompt, found, world.text.encoding)
+        more = {"ref_logprob": samples.logprob, "token_kl": 0 * samples.logprob}
+        found = samples._asdict() | more
+        rows += records("ref", use, world, found)
     write_lines(out / f"responses-reference-seed{seed}.jsonl", rows)
 
 
 def write_policy(out: Path, name: str, method: str, world, found: dict) -> None:
     """Write a policy's responses in the evaluation."""
-    rows = response_records(method, "evaluation", world.held_out.prompt, found, world.text.encoding)
-    write_lines(out / f"responses-{name}.jsonl", rows)
+    write_lines(out / f"responses-{name}.jsonl", records(method, "evaluation", world, found))
 
 
-def response_records(method: str, use: str, prompts: Tensor, found: dict,
-                     encoding: tiktoken.Encoding) -> list[dict]:
+def records(method: str, use: str, world, found: dict) -> list[dict]:
     """Return a record for each response: texts, reward, and log-probabilities in nats.
 
     found: response (P, K, L); reward, logprob (the method's), ref_logprob and token_kl (P, K).
     """
-    names = ("reward", "logprob", "ref_logprob", "token_kl")
-    numbers = {name: found[name].tolist() for name in names}
     rows = []
-    for i, ids in enumerate(prompts.tolist()):
+    encoding = world.text.encoding
+    for i, ids in enumerate(world.held_out.prompt.tolist()):
         prompt = decode(encoding, ids)
         for j, response in enumerate(found["response"][i].tolist()):
             row = {"method": method, "use": use, "prompt_id": i, "prompt": prompt,
                    "response": decode(encoding, response)}
-            rows.append(row | {name: numbers[name][i][j] for name in names})
+            for name in ("reward", "logprob", "ref_logprob", "token_kl"):
+                row[name] = found[name][i, j].item()
+            rows.append(row)
     return rows
 
 
@@ -189,8 +189,8 @@ def sample_run(args: argparse.Namespace) -> str:
     # the policy is written last
     if kept is None or not (folder / "settings.json").exists():
         found = ", ".join(sorted(path.name for path in out.glob("policy-n*"))) or "none"
-        raise UnusableInput(f"--sample: {out} has no finished run with --n {args.n} --seed {args.seed} "
-                            f"(policies: {found}); train.py without --sample makes one")
+        raise UnusableInput(f"--sample: {out} has no finished run with --n {args.n} --seed "
+                            f"{args.seed} (policies: {found}); train.py without it makes one")
     device = choose_device(args.device)
     encoding = pretrained_encoding(folder)
     policy = load_model(folder).to(device)

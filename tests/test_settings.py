@@ -49,7 +49,7 @@ def odd_files(tmp_path_factory):
     (["--init", "small", "--out", "."], "--init small: this run may overwrite it"),
     (["--data", " "], "--data is empty"),
     (["--sample", "i"], "--sample: out has no finished run with --n 4 --seed 0 (policies: "
-     "none); train.py without --sample makes one"),
+     "none); train.py without it makes one"),
 ])
 def test_wrong_usage_is_status_2_and_one_line(args, message, odd_files):
     status, printed, error = run("--quick", *args, cwd=odd_files)
