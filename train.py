@@ -67,7 +67,7 @@ class ReferenceSettings:
 class SampleSettings:
     """Reference samples, from which F is estimated, and samples for the evaluation."""
     m: int = setting(64, "M, reference samples for each training prompt")
-    m_eval: int = setting(512, "M for each held-out prompt, where F has to be precise")
+    m_eval: int = setting(512, "M for each held-out prompt; best-of-N chooses among as many others")
     k_eval: int = setting(64, "responses of the policy to each held-out prompt")
 
 
