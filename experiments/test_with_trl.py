@@ -227,7 +227,8 @@ def refuse(message, folder, **changes):
     ({"m_eval": 31}, "--m_eval 31"), ({"num_generations": 1}, "generations"),
     ({"betta": 1}, "--betta"), ({"n": "x"}, "--n"), ({"model_name_or_path": "nowhere"}, "nowhere"),
     ({"prompts": "nowhere.txt"}, "nowhere.txt"), ({"reward": "nowhere.py"}, "nowhere.py"),
-    ({"output_dir": __file__}, "Not a directory"), ({"max_completion_length": 60}, "room for 64"),
+    ({"output_dir": __file__}, "Not a directory"), ({"output_dir": ""}, "--output_dir is empty"),
+    ({"max_completion_length": 60}, "room for 64"),
     ({"gradient_accumulation_steps": 32}, "want 128 prompts, those of an update")])
 def test_unusable_arguments_are_refused_in_one_line(changes, message, folder):
     refuse(message, folder, **changes)

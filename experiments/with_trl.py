@@ -146,13 +146,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
          f"adapter; want a complete model, such as merge_and_unload() of peft makes")
     with refused(f"--model_name_or_path {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **settings)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation,
-            quantization_config=get_quantization_config(model_args), **settings,
-            **(args.model_init_kwargs or {}))
-    tokens = model.get_input_embeddings().weight.shape[0]
-    want((tokenizer.pad_token_id or 0) < tokens, f"--model_name_or_path {name}: the token "
-         f"{tokenizer.pad_token} that pads is not among the {tokens} of the model")
     rows = read_prompts(own.prompts, tokenizer, args)
     if own.held_out is not None:
         held_out = read_prompts(own.held_out, tokenizer, args)
@@ -164,6 +157,14 @@ def main(argv: list[str] | None = None) -> list[dict]:
          f"and 8 held-out ones; got {len(rows)} and {len(held_out)}")
     some = [row["prompt_text"] for row in rows[:8]]
     file.ask(some, some[::-1])
+    with refused(f"--model_name_or_path {name}"):
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation,
+            quantization_config=get_quantization_config(model_args), **settings,
+            **(args.model_init_kwargs or {}))
+    tokens = model.get_input_embeddings().weight.shape[0]
+    want((tokenizer.pad_token_id or 0) < tokens, f"--model_name_or_path {name}: the token "
+         f"{tokenizer.pad_token} that pads is not among the {tokens} of the model")
 
     # ---- TRL's trainer, with vBoN as its reward
     with refused("TRL"):
@@ -241,6 +242,7 @@ def parse(argv: list[str] | None) -> tuple[Arguments, RLOOConfig, ModelConfig]:
         want(given[name] == value, f"--{name} {given[name]}: vBoN's objective wants {value}")
     want(args.steps_per_generation == args.gradient_accumulation_steps,
          "--steps_per_generation: vBoN uses each response in one update; leave it out")
+    want(args.output_dir, "--output_dir is empty")
     want(own.n >= 1 and own.m >= 1 and own.m_eval >= 1 and own.m_eval % own.n == 0,
          f"--n {own.n} --m {own.m} --m_eval {own.m_eval}: want a multiple of n as m_eval, all >= 1")
     if args.lr_scheduler_type == "warmup_stable_decay" and not args.lr_scheduler_kwargs:
