@@ -90,7 +90,9 @@ class OwnMethod:
         ref_rewards = held_out.reward.cpu().double()
         if "weights" in self.functions:
             weight = self.call(self.functions["weights"], ref_rewards, n)
-            weight = self.call(checked, weight, ref_rewards).clamp(min=0)
+            weight = self.call(checked, weight, ref_rewards)
+            if weight.min() < 0 or weight.sum(-1).min() <= 0:
+                raise UnusableInput(f"--method {self.path}: weights: want none below 0, not all 0")
         elif "target" in self.functions:
             ref_logprob = held_out.logprob.cpu().double()
             rollout = vbon.Rollout(held_out.response, ref_rewards, ref_logprob)

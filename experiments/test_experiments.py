@@ -357,11 +357,14 @@ def test_the_aim_of_a_method_of_ones_own(tmp_path):
     reward, logprob = torch.randn(2, 5, 256, generator=generator)
     samples = train.Samples(torch.zeros(5, 1), torch.zeros(5, 256, 1), logprob, reward, 0.0)
     world = train.World(None, None, None, None, samples, None)
-    wanted = theory.find_aim("bound", 3, reward)
-    del wanted["beta"]
+    wanted = theory.describe_aim(theory.aim_weights("bound", 3, None, reward), reward, 3)
     for source in (BOUND, BOUND_AS_GRADIENT + BOUND_WEIGHTS):
         assert own(tmp_path, source).find_aim(world, 3) == pytest.approx(wanted, rel=1e-9)
     assert own(tmp_path, BOUND_AS_GRADIENT).find_aim(world, 3) == {}
+    for wrong in ("0 * ref_rewards", "ref_rewards"):
+        file = own(tmp_path, BOUND + f"def weights(ref_rewards, n):\n    return {wrong}\n")
+        with pytest.raises(UnusableInput, match="want none below 0, not all 0"):
+            file.find_aim(world, 3)
 
 
 @pytest.mark.parametrize("source", [BOUND, BOUND_AS_GRADIENT])

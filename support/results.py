@@ -133,6 +133,8 @@ def records(method: str, use: str, world, found: dict) -> list[dict]:
 
     found: response (P, K, L); reward, logprob (the method's), ref_logprob and token_kl (P, K).
     """
+    numbers = {name: found[name].tolist()
+               for name in ("reward", "logprob", "ref_logprob", "token_kl")}
     rows = []
     encoding = world.text.encoding
     for i, ids in enumerate(world.held_out.prompt.tolist()):
@@ -140,9 +142,7 @@ def records(method: str, use: str, world, found: dict) -> list[dict]:
         for j, response in enumerate(found["response"][i].tolist()):
             row = {"method": method, "use": use, "prompt_id": i, "prompt": prompt,
                    "response": decode(encoding, response)}
-            for name in ("reward", "logprob", "ref_logprob", "token_kl"):
-                row[name] = found[name][i, j].item()
-            rows.append(row)
+            rows.append(row | {name: values[i][j] for name, values in numbers.items()})
     return rows
 
 
