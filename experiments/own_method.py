@@ -82,7 +82,7 @@ class OwnMethod:
         # rewards in float64 on the CPU, as ref_logprob is
         rollout = rollout._replace(reward=rollout.reward.cpu().double())
         found = self.call(self.functions["target"], rollout, ref_rewards.cpu().double(), n)
-        return self.call(checked, found, rollout.reward)
+        return self.call(checked, "target", found, rollout.reward)
 
     def find_aim(self, world: World, n: int) -> dict[str, float]:
         """Return what it aims at, as theory.describe_aim; nothing if it is unknown."""
@@ -90,26 +90,25 @@ class OwnMethod:
         ref_rewards = held_out.reward.cpu().double()
         if "weights" in self.functions:
             weight = self.call(self.functions["weights"], ref_rewards, n)
-            weight = self.call(checked, weight, ref_rewards)
+            weight = self.call(checked, "weights", weight, ref_rewards)
             if weight.min() < 0 or weight.sum(-1).min() <= 0:
                 raise UnusableInput(f"--method {self.path}: weights: want none below 0, not all 0")
         elif "target" in self.functions:
             ref_logprob = held_out.logprob.cpu().double()
             rollout = vbon.Rollout(held_out.response, ref_rewards, ref_logprob)
-            log_weight = self.target(rollout, ref_rewards, n, None) - ref_logprob
-            weight = (log_weight - log_weight.amax(-1, keepdim=True)).exp()
+            weight = (self.target(rollout, ref_rewards, n, None) - ref_logprob).softmax(-1)
         else:
             return {}
         return theory.describe_aim(weight / weight.sum(-1, keepdim=True), ref_rewards, n)
 
 
-def checked(found: object, like: Tensor) -> Tensor:
-    """Return what a function has returned, in float64. Raises ValueError for what is unusable."""
+def checked(name: str, found: object, like: Tensor) -> Tensor:
+    """Return what this function has returned, in float64. Raises ValueError for what is unusable."""
     if not isinstance(found, Tensor) or found.shape != like.shape:
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"want a tensor {tuple(like.shape)}, got {got}")
+        raise ValueError(f"{name}: want a tensor {tuple(like.shape)}, got {got}")
     found = found.detach().cpu().double()
     if not found.isfinite().all():
-        raise ValueError("want finite numbers; as the target of a response that must not occur, "
-                         "rollout.ref_logprob - 30")
+        raise ValueError(f"{name}: want finite numbers; as the target of a response that must not "
+                         "occur, rollout.ref_logprob - 30")
     return found
