@@ -103,7 +103,7 @@ class OwnMethod:
 
 
 def checked(name: str, found: object, like: Tensor) -> Tensor:
-    """Return what this function has returned, in float64. Raises ValueError for what is unusable."""
+    """Return what a function has returned, in float64. Raises ValueError for what is unusable."""
     if not isinstance(found, Tensor) or found.shape != like.shape:
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"{name}: want a tensor {tuple(like.shape)}, got {got}")
