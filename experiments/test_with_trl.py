@@ -211,6 +211,9 @@ def test_chat_markers_in_a_text_get_a_note(folder, capsys):
 def test_incomplete_models_are_refused(folder):
     change_json(folder / "model/tokenizer_config.json", pad_token="[PAD]")
     refuse("the token [PAD] that pads is not among the 12 of the model", folder)
+    words = {"type": "WordLevel", "vocab": {"b": 0}, "unk_token": "?"}
+    change_json(folder / "model/tokenizer.json", model=words)
+    refuse("WordLevel error", folder)
     (folder / "model/adapter_config.json").write_text("{}", encoding="utf-8")
     refuse("an adapter; want a complete model", folder)
 
@@ -228,7 +231,7 @@ def refuse(message, folder, **changes):
     ({"betta": 1}, "--betta"), ({"n": "x"}, "--n"), ({"model_name_or_path": "nowhere"}, "nowhere"),
     ({"prompts": "nowhere.txt"}, "nowhere.txt"), ({"reward": "nowhere.py"}, "nowhere.py"),
     ({"output_dir": __file__}, "Not a directory"), ({"output_dir": ""}, "--output_dir is empty"),
-    ({"max_completion_length": 60}, "room for 64"),
+    ({"max_completion_length": 60}, "room for 64"), ({"use_vllm": True}, "vLLM"),
     ({"gradient_accumulation_steps": 32}, "want 128 prompts, those of an update")])
 def test_unusable_arguments_are_refused_in_one_line(changes, message, folder):
     refuse(message, folder, **changes)

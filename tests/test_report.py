@@ -74,8 +74,7 @@ LAST = ("with 1 sample a response.\nResponses that do not end within 24 tokens, 
      ["\n\nIn 50% of all pairs of reference responses, both have the same reward.\n\nKLs in"],
      LAST),
     (torch.ones(2, 80), "500         0.000         0.000\n", [],
-     "\n\nAll rewards of a prompt are the same: there is nothing to learn.\n"),
-])
+     "\n\nAll rewards of a prompt are the same: there is nothing to learn.\n")])
 def test_the_table_is_what_a_person_expects(held, theory, below, last, capsys):
     report.print_table(ROWS, held, 24)
     printed = capsys.readouterr().out

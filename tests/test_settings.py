@@ -49,8 +49,7 @@ def odd_files(tmp_path_factory):
     (["--init", "small", "--out", "."], "--init small: this run may overwrite it"),
     (["--data", " "], "--data is empty"),
     (["--sample", "i"], "--sample: out has no finished run with --n 4 --seed 0 (policies: "
-     "none); train.py without it makes one"),
-])
+     "none); train.py without it makes one")])
 def test_wrong_usage_is_status_2_and_one_line(args, message, odd_files):
     status, printed, error = run("--quick", *args, cwd=odd_files)
     assert (status, printed) == (2, "")
@@ -104,8 +103,7 @@ SMALL = Pretrained(GPT(50, 12, n_layer=3, n_head=2, n_embd=16), None)
     (dict(flags=["--quick"], reviews=TEXTS, pretrained=SMALL), dict(reviews=10_000, vocab=50)),
     # what the command line gives goes before everything
     (dict(n=9, reviews=TEXTS, flags=["--quick", "--steps", 7, "--length", 9]),
-     dict(steps=7, length=9)),
-])
+     dict(steps=7, length=9))])
 def test_settings_follow_text_model_n_and_flags(given, wanted):
     found = flat(choose(**given))
     assert found == found | wanted
