@@ -84,8 +84,8 @@ def test_the_gradient_of_trl_is_that_of_equation_6(config, reward, folder):
     (folder / "prompts.txt").write_text("ab\nbabba", encoding="utf-8")
     own, args, model_args = with_trl.parse(flags(
         folder, n=3, max_steps=1, max_completion_length=2, num_generations=4096,
-        per_device_train_batch_size=4096, optim="sgd", learning_rate=1, save_strategy="no",
-        lr_scheduler_type="constant"))
+        per_device_train_batch_size=4096, optim="sgd", learning_rate=1, max_grad_norm=0,
+        save_strategy="no", lr_scheduler_type="constant"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     rows = with_trl.read_prompts(own.prompts, tokenizer, args)

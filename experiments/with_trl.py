@@ -67,7 +67,7 @@ DEFAULTS = {
     "learning_rate": None,              # .54 / √(number of trained parameters)
     "adam_beta2": 0.99,
     "lr_scheduler_type": "warmup_stable_decay",     # from the middle on, along a cosine to 0
-    "max_grad_norm": 0.0,               # no clipping
+    "max_grad_norm": 1.0,               # one response with a low F must not dominate
     "max_steps": 200,
     "num_generations": 8,               # K
     "per_device_train_batch_size": 16,  # responses that are scored at a time ...
