@@ -93,13 +93,14 @@ class OwnMethod:
             weight = self.call(checked, "weights", weight, ref_rewards)
             if weight.min() < 0 or weight.sum(-1).min() <= 0:
                 raise UnusableInput(f"--method {self.path}: weights: want none below 0, not all 0")
+            weight = weight / weight.sum(-1, keepdim=True)
         elif "target" in self.functions:
             ref_logprob = held_out.logprob.cpu().double()
             rollout = vbon.Rollout(held_out.response, ref_rewards, ref_logprob)
             weight = (self.target(rollout, ref_rewards, n, None) - ref_logprob).softmax(-1)
         else:
             return {}
-        return theory.describe_aim(weight / weight.sum(-1, keepdim=True), ref_rewards, n)
+        return theory.describe_aim(weight, ref_rewards, n)
 
 
 def checked(name: str, found: object, like: Tensor) -> Tensor:
