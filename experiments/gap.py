@@ -47,9 +47,7 @@ def gap_by_rank(logprob: Tensor, ref_logprob: Tensor, reward: Tensor, ref_reward
             continue
         share = inside.double().mean().item()
         rows.append({
-            "low": low,
-            "high": high,
-            "share": share,
+            "low": low, "high": high, "share": share,
             "policy": log_policy_ratio[inside].mean().item(),
             "bon": log_bon_ratio[inside].mean().item(),
             "kl": share * part[inside].mean().item(),

@@ -117,9 +117,8 @@ def wind_target(rollout: vbon.Rollout, ref_rewards: Tensor, n: int, beta: float)
     return rollout.ref_logprob + wins / (k * beta)
 
 
-def max_at_k_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int,
-                      settings, generator: torch.Generator, name: str, beta: float
-                      ) -> dict[str, float]:
+def max_at_k_gradient(policy: GPT, reference: GPT, reward_fn, batch: Batch, n: int, settings,
+                      generator: torch.Generator, name: str, beta: float) -> dict[str, float]:
     """E[the best value of n own responses] / β - KL(π_θ || π_ref): PKPO (arXiv 2505.15201).
 
     The value is the reward, the win rate, or F^n: the last one is InfAlign's objective (arXiv

@@ -356,9 +356,8 @@ def make_table(held: list[dict], candidates: list[dict], found: list[dict], prom
     held, candidates: responses of the base model to the held-out prompts. found: the policy's.
     """
     ref_rewards = matrix(held, "reward", prompts)
-    best = []
-    for i in range(0, len(candidates), n):
-        best.append(max(candidates[i:i + n], key=lambda one: one["reward"]))
+    best = [max(candidates[i:i + n], key=lambda one: one["reward"])
+            for i in range(0, len(candidates), n)]
     rows = []
     for method, size, responses in (("ref", 1, candidates), ("bon", n, best), ("vbon", 1, found)):
         logprob, ref_logprob, reward, is_cut = [matrix(responses, name, prompts) for name in
